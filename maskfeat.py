@@ -1,0 +1,62 @@
+"""MaskFeat: regress a feature of what is hidden from what is visible (Sec. 2.1, Figure 2). Needs only torch.
+
+    x (B, 3, 16, 224, 224) --stem--> (B, 8*56*56, D) --mask token where hidden--> blocks --> (B, 8*14*14, D')
+      --LayerNorm, Linear--> prediction (B, 1568, 108) --l2 on the masked tokens-- goal (B, 1568, 108) <--HOG-- x
+
+The wrapper composes: any encoder with `embed`, `encode`, `stem_dim`, `embed_dim`, `patch_stride` (mvit.py, vit.py), any
+target with `dim`, `forward`, `loss` (targets.py). No decoder, no tokens dropped from the encoder.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def resize_mask(mask, grid):
+    """bool (B, *coarse) -> bool (B, N) on `grid`, by nearest neighbour, tokens in row-major order."""
+    if mask.ndim != len(grid) + 1 or any(m > g for m, g in zip(mask.shape[1:], grid)):
+        raise ValueError(f"mask {tuple(mask.shape)} does not fit token grid {tuple(grid)}: give (B, *grid) or coarser")
+    return F.interpolate(mask[:, None].float(), size=grid, mode="nearest").flatten(1).bool()
+
+
+class MaskFeat(nn.Module):
+    """Masked feature prediction.
+
+    encoder: trunk without head (num_classes=0). target: what to predict; `target.dim` numbers per output token.
+    """
+
+    def __init__(self, encoder, target):
+        super().__init__()
+        self.encoder = encoder
+        self.target = target
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.stem_dim))
+        # The paper has a linear layer; the release puts a LayerNorm, the trunk's missing final one, before it.
+        self.norm = nn.LayerNorm(encoder.embed_dim, eps=1e-6)
+        self.head = nn.Linear(encoder.embed_dim, target.dim)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def goal(self, x):
+        """The target of every output token, (B, N, target.dim), from the intact input.
+
+        A clip gives one frame per token step: with stem kernel 3, stride 2, padding 1, token t sees frames 2t-1, 2t,
+        2t+1, so frame 2t is the temporal centre of its cube (Sec. 2.2).
+        """
+        frames = x[:, :, ::self.encoder.patch_stride[0]].transpose(1, 2) if x.ndim == 5 else x[:, None]
+        return self.target(frames)                                            # frames: (B, t, 3, H, W)
+
+    def forward(self, x, mask):
+        """x: (B, 3, T, H, W) or (B, 3, H, W), normalised. mask: bool (B, *grid), True = masked, at the output grid or
+        coarser. Returns the loss over masked tokens (scalar) and the prediction for all tokens (B, N, target.dim)."""
+        tokens, grid = self.encoder.embed(x)                                  # (B, N_stem, D)
+        hidden = resize_mask(mask, grid)                                      # (B, N_stem)
+        tokens = torch.where(hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
+        tokens, grid = self.encoder.encode(tokens, grid)                      # (B, 1 + N, D')
+        # All tokens are projected, though only masked ones count: static shapes, hence one compiled graph.
+        prediction = self.head(self.norm(tokens[:, 1:])).float()              # (B, N, target.dim)
+        with torch.no_grad():
+            goal = self.goal(x)                                               # (B, N, target.dim)
+        if goal.shape != prediction.shape:
+            raise ValueError(f"target of shape {tuple(goal.shape)} for a prediction of {tuple(prediction.shape)}: input "
+                             f"{tuple(x.shape[2:])} must be a multiple of {self.encoder.patch_stride}")
+        return self.target.loss(prediction, goal, resize_mask(mask, grid)), prediction

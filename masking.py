@@ -1,0 +1,137 @@
+"""Which tokens MaskFeat hides: block masks for images; cube, tube and frame masks for video.
+
+Paper: Sec. 4.3 and Table 6 (cube, tube, frame), Sec. 5 (block-wise masking of images).
+Release: the mask generators in the data loaders of the SlowFast code; block and cube masks make the same
+draws from Python's generator, so the same seed gives the same mask. Differences: frame masks can be
+consecutive as in the paper, tube masks need no extra setting, grids of any shape give a usable mask.
+
+All return a numpy bool array over the token grid, True = masked, holding both values. The target is
+round(ratio * tokens); block, tube and cube masks never exceed it on the grid they are sampled on, and stop short
+of it when no block fits any more (at ratio 0.4 about 0.3 to 0.4 % of the tokens on average).
+"""
+import math
+
+import numpy as np
+
+LOG_ASPECT = math.log(0.3), math.log(1 / 0.3)  # height over width of a block, uniform in the logarithm
+
+
+def block_mask(grid, ratio, rng):
+    """Blocks on an image's tokens, in BEiT's manner.
+
+    grid: (h, w) tokens, more than one; ratio: share to mask, between 0 and 1; rng: a random.Random.
+    Returns (h, w) bool. Raises ValueError for an unusable grid or ratio. Paper: Sec. 5. Release: images.
+    """
+    (h, w), target = grid, _target(grid, ratio, 2)
+    return _sample((1, h, w), target, target // 5, None, 10, rng)[0]
+
+
+def cube_mask(grid, ratio, rng, coarse=2):
+    """Blocks that also last for a random number of time steps, the default for video.
+
+    grid: (t, h, w) tokens; ratio, rng as in block_mask.
+    coarse: sampled on (t, h / coarse, w / coarse), rounded up, then each cell is enlarged to coarse x coarse tokens,
+        so that with odd sides the masked share is kept only approximately. 1 samples on the grid itself.
+    Returns (t, h, w) bool. Raises ValueError for an unusable grid, ratio or coarse.
+    Paper: Sec. 4.3, Table 6. Release: window (8, 7, 7) for 8x14x14 tokens.
+    """
+    _target(grid, ratio, 3)
+    t, h, w = _window(grid, coarse)
+    target = _target((t, h, w), ratio, 3)
+    return _enlarge(_sample((t, h, w), target, h * w // 5, h * w, 100, rng), grid)
+
+
+def tube_mask(grid, ratio, rng, coarse=2):
+    """One block mask for all time steps; arguments, result and errors as in cube_mask.
+
+    Paper: Sec. 4.3, Table 6. Release: works only if its window setting is cut down to two numbers by hand.
+    """
+    _target(grid, ratio, 3)
+    t, h, w = _window(grid, coarse)
+    return _enlarge(np.repeat(block_mask((h, w), ratio, rng)[None], t, axis=0), grid)
+
+
+def frame_mask(grid, ratio, rng, consecutive=True):
+    """Whole time steps, round(t * ratio) of them, at least one masked and one visible.
+
+    grid: (t, h, w) tokens with t > 1; ratio, rng as in block_mask.
+    consecutive: True, as the paper describes it: runs of neighbouring steps; False, the release: any distinct steps.
+    Returns (t, h, w) bool. Raises ValueError for an unusable grid or ratio. Paper: Sec. 4.3, Table 6.
+    """
+    _target(grid, ratio, 3)
+    t, h, w = grid
+    if t < 2:
+        raise ValueError(f"grid {t}x{h}x{w} has one time step, masking it would hide everything: use tube_mask")
+    count = _target((t, 1), ratio, 2)
+    steps = np.zeros(t, bool)
+    if not consecutive:
+        steps[rng.sample(range(t), count)] = True
+    while (missing := count - int(steps.sum())) > 0:
+        length = rng.randint(min(2, missing), missing)  # the paper does not give the length of a run
+        starts = [i for i in range(t - length + 1) if not steps[i:i + length].all()]
+        start = rng.choice(starts)
+        steps[start:start + length] = True
+    return np.repeat(steps, h * w).reshape(t, h, w)
+
+
+def _target(grid, ratio, axes):
+    """Number of tokens to mask, round(ratio * tokens), but at least one and not all. Checks grid and ratio."""
+    if len(grid) != axes or min(grid) < 1 or math.prod(grid) < 2:
+        raise ValueError(f"grid {tuple(grid)} cannot be masked: give {axes} positive sides and more than one token")
+    if not 0 < ratio < 1:
+        raise ValueError(f"mask ratio {ratio} is not between 0 and 1: the paper's is 0.4")
+    tokens = math.prod(grid)
+    return min(max(round(ratio * tokens), 1), tokens - 1)
+
+
+def _window(grid, coarse):
+    """The coarser grid to sample on; the grid itself if a side is too short for two coarse cells."""
+    t, h, w = grid
+    if not isinstance(coarse, int) or coarse < 1:
+        raise ValueError(f"coarse={coarse!r} is not a positive whole number: the release's is 2, 1 turns it off")
+    return (t, -(-h // coarse), -(-w // coarse)) if min(h, w) >= 2 * coarse else (t, h, w)
+
+
+def _enlarge(mask, grid):
+    """Nearest-neighbour enlargement of a coarse (t, y, x) mask to the (t, h, w) grid. Each cell keeps a token."""
+    _, h, w = grid
+    _, y, x = mask.shape
+    return mask[:, np.arange(h) * y // h][:, :, np.arange(w) * x // w]
+
+
+def _sample(window, target, min_area, max_area, attempts, rng):
+    """Place cubes on a (t, h, w) window until `target` cells are masked or `attempts` tries in a row add nothing.
+
+    A cube is accepted if it adds at least one cell and no more than are missing. max_area bounds its spatial area;
+    None limits the area to what is missing and leaves time aside (t = 1): the release's rule for images.
+    The order of the draws is the release's and must stay: area, aspect, duration, then top, left, first step.
+    """
+    t, h, w = window
+    max_height, max_width = max(h - 1, 1), max(w - 1, 1)  # strictly smaller than the grid, except for a side of 1
+    elongated = max(h, w) > 2 * min(h, w)
+    mask = np.zeros(window, bool)
+    missing = target
+    uniform, below = rng.uniform, rng.randrange  # same draws as randint, a third faster
+    while missing:
+        for _ in range(attempts):
+            area = uniform(min_area, missing if max_area is None else max_area)
+            aspect = math.exp(uniform(*LOG_ASPECT))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            duration = 1 if max_area is None else 1 + below(t)
+            if elongated:  # hardly any block would fit a long narrow grid (none in the release): trim it
+                height, width = min(height, max_height), min(width, max_width)
+            if height > max_height or width > max_width:
+                continue
+            top, left = below(h - height + 1), below(w - width + 1)
+            first = 0 if max_area is None else below(t - duration + 1)
+            cube = mask[first:first + duration, top:top + height, left:left + width]
+            added = cube.size - np.count_nonzero(cube)
+            if 0 < added <= missing:
+                cube[:] = True
+                missing -= added
+                break
+        else:
+            break
+    if missing == target:  # only on tiny grids: never leave everything visible
+        mask.flat[below(mask.size)] = True
+    return mask

@@ -1,0 +1,286 @@
+"""MViTv2 for clips: multiscale attention with pooled queries, keys and values (Sec. 4; Li et al., CVPR 2022).
+
+A clip (B, 3, T, H, W) becomes T/2 x H/4 x W/4 tokens; each of three transitions halves the side and doubles the
+width. Attribute names are the official release's (SlowFast `MViT`), so its checkpoints load by name. Needs only torch.
+
+Shapes of `mvitv2_s` on 16x224x224 (class token not counted):
+
+    stem     8x56x56, 96 wide        blocks 1-2   8x28x28, 192
+    block 0  8x56x56, 96 -> 192      blocks 3-13  8x14x14, 384
+                                     blocks 14-15 8x14x14 (output_stride=16) or 8x7x7 (output_stride=32), 768
+
+Differences from the release, neither of which changes a result: relative positions enter through wider queries and
+keys, so that no (queries x keys) tensor is built; heads are pooled side by side as channels, without transposition.
+"""
+from collections import OrderedDict
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class DropPath(nn.Module):
+    """Drop a residual branch per sample with probability `p`, scaling the kept ones by 1/(1-p)."""
+
+    def __init__(self, p=0.0):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        if self.p == 0 or not self.training:
+            return x
+        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.p
+        return x * keep / (1 - self.p)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden_dim, dim_out):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim_out)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+def relative_table(table, queries, keys):
+    """Rows of a relative-position table for every (query, key) pair along one axis.
+
+    table: (L, C), the vector of each distance; queries, keys: number of positions along the axis.
+    Returns (queries, keys, C). A table of another length than 2*max(queries, keys)-1 is resized linearly (release).
+    """
+    length = 2 * max(queries, keys) - 1
+    if table.shape[0] != length:
+        table = F.interpolate(table.T[None].float(), size=length, mode="linear")[0].T
+    # Positions of the coarser side are spread over the finer side's; distances start at zero.
+    q = torch.arange(queries, device=table.device) * max(keys / queries, 1.0)
+    k = torch.arange(keys, device=table.device) * max(queries / keys, 1.0)
+    distance = q[:, None] - k[None, :] + (keys - 1) * max(queries / keys, 1.0)
+    return table[distance.long()]
+
+
+class MultiScaleAttention(nn.Module):
+    """Pooled self-attention with decomposed relative positions and residual pooling (MViTv2, Sec. 4.1)."""
+
+    def __init__(self, dim, dim_out, num_heads, table_sizes, q_stride, kv_stride):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, dim_out // num_heads
+        self.qkv = nn.Linear(dim, 3 * dim_out)
+        self.proj = nn.Linear(dim_out, dim_out)
+        for name, stride in (("q", q_stride), ("k", kv_stride), ("v", kv_stride)):
+            # Depthwise, shared by all heads; also where the stride is 1 (release: every block pools q, k and v).
+            conv = nn.Conv3d(self.head_dim, self.head_dim, 3, (1, stride, stride), 1, groups=self.head_dim, bias=False)
+            self.add_module(f"pool_{name}", conv)
+            self.add_module(f"norm_{name}", nn.LayerNorm(self.head_dim, eps=1e-6))
+        self.rel_pos_t, self.rel_pos_h, self.rel_pos_w = (
+            nn.Parameter(torch.zeros(length, self.head_dim)) for length in table_sizes)
+
+    def pool(self, x, conv, norm, thw):
+        """(B, 1 + t*h*w, heads*C) -> (B, 1 + t'*h'*w', heads, C) and (t', h', w'). The class token is only normed."""
+        patches = x[:, 1:].unflatten(1, thw).permute(0, 4, 1, 2, 3)           # (B, heads*C, t, h, w), channels last
+        weight = conv.weight.repeat(self.num_heads, 1, 1, 1, 1)
+        patches = F.conv3d(patches, weight, None, conv.stride, conv.padding, 1, x.shape[-1])
+        tokens = torch.cat([x[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+        return norm(tokens.unflatten(2, (self.num_heads, self.head_dim))), tuple(patches.shape[2:])
+
+    def forward(self, x, thw):
+        """x: (B, 1 + t*h*w, dim). Returns (B, 1 + t'*h'*w', dim_out) and the pooled grid (t', h', w')."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, q_thw = self.pool(q, self.pool_q, self.norm_q, thw)                 # (B, 1 + Nq, heads, C)
+        k, k_thw = self.pool(k, self.pool_k, self.norm_k, thw)                 # (B, 1 + Nk, heads, C)
+        v, _ = self.pool(v, self.pool_v, self.norm_v, thw)
+        x = attention(q, k, v, q_thw, k_thw, self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
+        x = torch.cat([x[:, :1], x[:, 1:] + q[:, 1:]], dim=1)                  # residual pooling, not the class token
+        return self.proj(x.flatten(2)), q_thw
+
+
+def attention(q, k, v, q_thw, k_thw, rel_pos_t, rel_pos_h, rel_pos_w):
+    """softmax(q k^T / sqrt(C) + bias) v, with bias q . (Rt[dt] + Rh[dh] + Rw[dw]) between patch tokens.
+
+    q: (B, 1 + Nq, heads, C); k, v: (B, 1 + Nk, heads, C); first token: class token, which gets no bias.
+    q_thw, k_thw: token grids, Nq = prod(q_thw). rel_pos_*: (L, C). Returns (B, 1 + Nq, heads, C).
+
+    The bias of query i and key j=(t, h, w) is bias_t[i, t] + bias_h[i, h] + bias_w[i, w]: the inner product of the
+    query's three short vectors with one-hot codes of t, h and w. So the vectors are appended to q and the codes to k,
+    and one fused attention call does the rest.
+    """
+    B, _, heads, C = q.shape
+    grid = q[:, 1:].unflatten(1, q_thw)                                                       # (B, t, h, w, heads, C)
+    rt, rh, rw = (relative_table(table, n, m).to(q.dtype)
+                  for table, n, m in zip((rel_pos_t, rel_pos_h, rel_pos_w), q_thw, k_thw))    # (n, m, C)
+    bias = torch.cat([torch.einsum("bthwnc,tkc->bthwnk", grid, rt),
+                      torch.einsum("bthwnc,hkc->bthwnk", grid, rh),
+                      torch.einsum("bthwnc,wkc->bthwnk", grid, rw)], dim=-1)                  # (B, t, h, w, heads, K)
+    place = torch.cartesian_prod(*(torch.arange(n, device=q.device) for n in k_thw))          # (Nk, 3)
+    codes = torch.cat([F.one_hot(place[:, i], n) for i, n in enumerate(k_thw)], dim=1).to(q.dtype)     # (Nk, K)
+
+    K = codes.shape[1]
+    pad = -(C + K) % 8                                                        # fused kernels want a multiple of 8
+    bias = F.pad(bias.flatten(1, 3), (0, pad, 0, 0, 1, 0))                    # (B, 1 + Nq, heads, K + pad)
+    codes = F.pad(codes, (0, pad, 1, 0))[None, :, None].expand(B, -1, heads, -1)
+    q = torch.cat([q * C ** -0.5, bias], dim=-1).transpose(1, 2)              # (B, heads, 1 + Nq, C + K + pad)
+    k = torch.cat([k, codes], dim=-1).transpose(1, 2)
+    v = F.pad(v, (0, K + pad)).transpose(1, 2)                                # ... and one width for q, k and v
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :C].transpose(1, 2)
+
+
+class MultiScaleBlock(nn.Module):
+    """Attention and MLP. `dim_att` is the width of attention, `dim_out` that of the MLP's output."""
+
+    def __init__(self, dim, dim_att, dim_out, num_heads, table_sizes, q_stride, kv_stride, drop_path):
+        super().__init__()
+        self.dim, self.dim_att, self.dim_out, self.q_stride = dim, dim_att, dim_out, q_stride
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = MultiScaleAttention(dim, dim_att, num_heads, table_sizes, q_stride, kv_stride)
+        self.norm2 = nn.LayerNorm(dim_att, eps=1e-6)
+        self.mlp = Mlp(dim_att, 4 * dim_att, dim_out)
+        self.drop_path = DropPath(drop_path)
+        if dim != dim_out:
+            self.proj = nn.Linear(dim, dim_out)
+
+    def pool_skip(self, x, thw):
+        """Max-pool the shortcut where queries are pooled; the class token passes by."""
+        if self.q_stride == 1:
+            return x
+        B, _, D = x.shape
+        s = self.q_stride
+        patches = x[:, 1:].reshape(-1, *thw[1:], D).permute(0, 3, 1, 2)       # (B*t, D, h, w), channels last
+        patches = F.max_pool2d(patches, s + 1, s, s // 2).permute(0, 2, 3, 1)
+        return torch.cat([x[:, :1], patches.reshape(B, -1, D)], dim=1)
+
+    def forward(self, x, thw):
+        """x: (B, 1 + t*h*w, dim). Returns (B, 1 + t'*h'*w', dim_out) and (t', h', w')."""
+        y = self.norm1(x)
+        if self.dim != self.dim_att:                                          # widening in attention
+            x = self.proj(y)
+        y, pooled = self.attn(y, thw)
+        x = self.pool_skip(x, thw) + self.drop_path(y)
+        y = self.norm2(x)
+        if self.dim_att != self.dim_out:                                      # widening in the MLP: from norm2(x), not x
+            x = self.proj(y)
+        return x + self.drop_path(self.mlp(y)), pooled
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping 3x7x7 patches at stride 2x4x4."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.proj = nn.Conv3d(3, dim, (3, 7, 7), (2, 4, 4), (1, 3, 3))
+
+    def forward(self, x):
+        return self.proj(x)                                                   # (B, dim, T/2, H/4, W/4)
+
+
+class MViT(nn.Module):
+    """MViTv2 over clips (Sec. 4). Built by the presets below.
+
+    embed_dim, num_heads: of the first stage; both double at each transition. stages: blocks per stage.
+    output_stride: 32 for classification; 16 for pre-training, where the last transition keeps its resolution and the
+        output is 8x14x14 (release); 8 keeps it at the last two (for small inputs).
+    expand: "mlp" widens in the MLP of the block before a transition (release's MaskFeat configs, the paper's 71 and
+        377 GFLOPs); "attn" in the attention of the transition itself (the paper's FLOPs at 312 and 352).
+    num_classes: 0 leaves out the final norm and head: the trunk that MaskFeat takes.
+    image_size: int or (H, W), multiples of 32 or any the stem accepts; sets the lengths of the position tables only.
+        Another size, or another number of frames, at run time works: tables are resized on the fly.
+    checkpointing: recompute each block in the backward pass.
+    """
+
+    def __init__(self, embed_dim, num_heads, stages, num_classes=400, num_frames=16, image_size=224, output_stride=32,
+                 expand="mlp", drop_path=0.0, checkpointing=False):
+        super().__init__()
+        H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if expand not in ("mlp", "attn"):
+            raise ValueError(f'expand={expand!r}: use "mlp" or "attn"')
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride={output_stride}: use 32 (fine-tuning), 16 (pre-training) or 8")
+        if num_frames < 2 or num_frames % 2:
+            raise ValueError(f"num_frames={num_frames} is not a positive multiple of the stem's stride 2")
+        if min(H, W) < 32:
+            raise ValueError(f"image_size={H}x{W} is below 32, the stride of the network")
+        self.patch_stride = (2, output_stride, output_stride)                 # pixels per output token along T, H, W
+        self.stem_dim, self.embed_dim = embed_dim, embed_dim * 2 ** (len(stages) - 1)
+        self.checkpointing = checkpointing
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.patch_embed = PatchEmbed(embed_dim)
+        depth = sum(stages)
+        transitions = [sum(stages[:i]) for i in range(1, len(stages))]        # first block of stages 2, 3, 4
+        pooled = transitions[:{32: 3, 16: 2, 8: 1}[output_stride]]            # those that halve the resolution
+        t, h, w = num_frames // 2, H // 4, W // 4                             # floor, as in the release
+        dim, kv_stride = embed_dim, 8
+        self.blocks = nn.ModuleList()
+        for i in range(depth):
+            stage = sum(i >= start for start in transitions)
+            q_stride = 2 if i in pooled else 1
+            kv_stride = max(kv_stride // q_stride, 1)
+            dim_att, dim_out = dim, dim
+            if expand == "attn":
+                dim_att = dim_out = embed_dim * 2 ** stage
+            elif i + 1 in transitions:
+                dim_out = 2 * dim
+            sizes = [2 * t - 1] + [2 * max(n // q_stride, n // kv_stride) - 1 for n in (h, w)]
+            rate = drop_path * i / max(depth - 1, 1)                          # 0 at the first block, linear in depth
+            self.blocks.append(MultiScaleBlock(dim, dim_att, dim_out, num_heads * 2 ** stage, sizes, q_stride,
+                                               kv_stride, rate))
+            dim, h, w = dim_out, h // q_stride, w // q_stride
+        if num_classes:
+            self.norm = nn.LayerNorm(dim, eps=1e-6)
+            self.head = nn.Sequential(OrderedDict(projection=nn.Linear(dim, num_classes)))
+        self.apply(self._init)
+        for name, p in self.named_parameters():
+            if name == "cls_token" or ".rel_pos_" in name:
+                nn.init.trunc_normal_(p, std=0.02)
+
+    @staticmethod
+    def _init(m):
+        """Release: trunc-normal 0.02 weights; biases of Linear and LayerNorm are 0.02, not 0."""
+        if isinstance(m, (nn.Linear, nn.Conv3d)):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+        if isinstance(m, (nn.Linear, nn.LayerNorm)):
+            nn.init.constant_(m.bias, 0.02)
+
+    def embed(self, x):
+        """(B, 3, T, H, W) -> stem tokens (B, N, D) and their grid (t, h, w). MaskFeat masks here."""
+        x = self.patch_embed(x)
+        return x.flatten(2).transpose(1, 2), tuple(x.shape[2:])
+
+    def encode(self, tokens, thw):
+        """Stem tokens (B, N, D) on grid `thw` -> (B, 1 + N', D') and the output grid; the class token comes first."""
+        x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
+        for block in self.blocks:
+            if self.checkpointing and self.training:
+                x, thw = checkpoint(block, x, thw, use_reentrant=False)
+            else:
+                x, thw = block(x, thw)
+        return x, thw
+
+    def forward(self, x):
+        """(B, 3, T, H, W) -> logits (B, num_classes), or pooled features (B, D') with num_classes=0."""
+        x, _ = self.encode(*self.embed(x))
+        x = x[:, 1:].mean(dim=1)                                              # release: mean of patches, then norm
+        return self.head(self.norm(x)) if hasattr(self, "head") else x
+
+
+def mvit_tiny(**kw):
+    """48 wide, stages 1/1/4/1, 0.9 M parameters at 8x96x96: minutes on a CPU. Not in the paper."""
+    return MViT(48, 1, (1, 1, 4, 1), **kw)
+
+
+def mvitv2_s(**kw):
+    """36 M parameters, 71 GFLOPs at 16x224x224 (Table 3)."""
+    return MViT(96, 1, (1, 2, 11, 2), **kw)
+
+
+def mvitv2_b(**kw):
+    """53 M parameters at 16x224x224, 51 M with expand="attn" (MViTv2 paper: 51 M). Not used in the MaskFeat paper."""
+    return MViT(96, 1, (2, 3, 16, 3), **kw)
+
+
+def mvitv2_l(**kw):
+    """218 M parameters, 377 GFLOPs at 16x224x224 (Table 3). Stages 2/6/36/4, from the release's transitions."""
+    return MViT(144, 2, (2, 6, 36, 4), **kw)
+
+
+MODELS = {"mvit_tiny": mvit_tiny, "mvitv2_s": mvitv2_s, "mvitv2_b": mvitv2_b, "mvitv2_l": mvitv2_l}

@@ -1,0 +1,324 @@
+"""MaskFeat pre-training (Sec. 2.1, 4, 5): mask cubes of clips or blocks of images, regress HOG of what is hidden.
+
+    torchrun pretrain.py                                                   # made-up clips, a small model: any CPU
+    torchrun pretrain.py --data k400/ --model mvitv2_s                     # one GPU
+    torchrun --nproc_per_node=8 pretrain.py --data k400/ --model mvitv2_s  # one node
+    torchrun --nnodes=16 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py \\
+        --data k400/ --model mvitv2_s
+    torchrun --nproc_per_node=8 pretrain.py --data imagenet/ --model vit_b
+
+Writes OUT/last.pt (weights, optimizer, step, recipe), OUT/log.jsonl and OUT/prediction.png. Stopped or killed, it goes
+on from OUT/last.pt with --resume.
+"""
+import dataclasses
+import functools
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+
+import torch
+from tqdm import tqdm
+
+import data
+import masking
+import mvit
+import synthetic
+import visualize
+from convert import ENCODERS, build_maskfeat
+from engine import (Logger, StopSignal, gather_list, init_distributed, lr_at, param_groups, parse_recipe, peak_memory,
+                    read_checkpoint, reduce_mean, run_main, save_checkpoint, seed_all)
+from targets import TARGETS
+
+MASKS = {"cube": masking.cube_mask, "tube": masking.tube_mask, "frame": masking.frame_mask, "block": masking.block_mask}
+MAX_SKIPPED = 20      # steps with a non-finite gradient in a row; more than any loss scale needs to settle
+MAX_UNREADABLE = 0.1  # share of the files
+
+
+def option(default, help="", choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes
+# Learning rates belong to a global batch of `lr_batch` samples, as in the release's configs (one 8-GPU node), and are
+# scaled by batch_size / lr_batch: 1e-4 at 32 clips is 1.6e-3 at 512, 2e-4 at 256 images is 1.6e-3 at 2048.
+
+@dataclass(frozen=True)
+class Recipe:
+    # model and input
+    model: str = option("mvitv2_s", "encoder preset", tuple(ENCODERS))
+    image_size: tuple = option((224, 224), "height and width in pixels")
+    num_frames: int = option(16, "frames per clip")                                   # Sec. 4.1: 16x4
+    sampling_rate: int = option(4, "stride between frames, at 30 fps")
+    output_stride: int = option(16, "pixels per predicted token of MViT")             # release: 16 in pre-training
+    patch_size: int = option(16, "pixels per token of ViT")
+    expand: str = option("mlp", "where MViT widens", ("mlp", "attn"))
+    drop_path: float = option(0.0, "stochastic depth rate at the last block")         # release: 0 in pre-training
+    mean: tuple = option((0.45, 0.45, 0.45), "RGB mean of the input in [0, 1]")       # release, Kinetics
+    std: tuple = option((0.225, 0.225, 0.225), "RGB standard deviation")
+    crop_scale: tuple = option((0.5, 1.0), "area range of the random crop")           # Sec. 4.1, 5.1
+    flip: float = option(0.5, "probability of a horizontal flip")
+    # masking
+    mask: str = option("cube", "masking", tuple(MASKS))                               # Table 6: cube is best
+    mask_ratio: float = option(0.4, "share of tokens to mask")                        # Table 7
+    frame_runs: bool = option(True, "frame masking: runs of frames (paper), or single ones (release)")
+    # target
+    target: str = option("hog", "what to predict", tuple(TARGETS))                    # Tables 1, 2
+    bins: int = option(9, "HOG orientation bins")                                     # Table 8
+    cell: int = option(8, "HOG cell side in pixels")
+    norm: str = option("l2", "HOG normalization", ("none", "l1", "l2"))
+    color: str = option("rgb", "HOG colour space", ("gray", "rgb", "opponent"))
+    gradient: str = option("sobel", "HOG filter: release, or the paper's difference", ("sobel", "central"))
+    pixel_norm: str = option("dataset", "pixel target: paper, or release's default", ("dataset", "patch"))
+    # optimization
+    epochs: int = option(300, "passes over the data")
+    batch_size: int = option(512, "samples per update over all GPUs; if not given, at most 1/16 of the data")
+    lr: float = option(1e-4, "peak learning rate at lr_batch samples per update")
+    lr_batch: int = option(32, "batch that the three learning rates belong to")
+    warmup_epochs: float = option(10.0, "epochs of linear warm-up")
+    warmup_lr: float = option(1e-6, "learning rate at the start")
+    min_lr: float = option(1e-6, "learning rate at the end")
+    weight_decay: float = option(0.05, "AdamW, on tensors of two or more dimensions")
+    beta2: float = option(0.999, "AdamW")                                             # release
+    clip_grad: float = option(0.02, "largest total gradient norm")                    # release
+    seed: int = option(0, "of everything random")
+    # the run
+    data: str = option("", "folder with the data; none: clips are made in data/synthetic")
+    out: str = option("out/pretrain", "folder for checkpoint, log and picture")
+    resume: bool = option(False, "go on from OUT/last.pt if there is one")
+    device_batch: int = option(8, "most samples per GPU and forward pass; the rest is accumulated")
+    amp: str = option("auto", "auto: bf16 on GPU, fp32 on CPU", ("auto", "fp32", "bf16", "fp16"))
+    compile: str = option("auto", "torch.compile; auto: on GPU", ("auto", "on", "off"))
+    checkpointing: bool = option(False, "recompute activations: less memory, a third more time")
+    workers: int = option(-1, "loader processes per GPU; -1: by the number of CPU cores")
+    save_minutes: float = option(15.0, "minutes between checkpoints; there is one per epoch as well")
+    log_every: int = option(10, "steps between lines of the log")
+
+
+KINETICS = Recipe()
+IMAGENET = Recipe(
+    mask="block", lr=2e-4, lr_batch=256, batch_size=2048, warmup_epochs=30, device_batch=64,
+    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+RECIPES = {
+    "default": Recipe(  # ours: a few minutes on two CPU cores
+        model="mvit_tiny", image_size=(96, 96), num_frames=8, output_stride=8, epochs=30, batch_size=8, device_batch=8,
+        lr=1e-3, lr_batch=8, warmup_epochs=2, clip_grad=1.0),
+    "k400_mvitv2_s": KINETICS,                                                        # Sec. 4.1; release: S, 300 epochs
+    "k400_mvitv2_b": replace(KINETICS, model="mvitv2_b"),                             # ours, by analogy
+    "k400_mvitv2_l": replace(KINETICS, model="mvitv2_l", epochs=800, device_batch=4),  # Table 3: 800 epochs
+    "in1k_vit_b": replace(IMAGENET, model="vit_b", epochs=1600),                      # Table 7: 1600 epochs
+    "in1k_vit_l": replace(IMAGENET, model="vit_l", epochs=1600, device_batch=32),
+    "vit_tiny": replace(IMAGENET, model="vit_tiny", image_size=(64, 64), patch_size=8, epochs=50, batch_size=256,
+                        lr=5e-4, warmup_epochs=5, clip_grad=1.0),                     # ours: 64x64 images on a CPU
+}
+# What may change when a run is resumed: where and how it runs, not what it computes.
+RUN_FIELDS = {"data", "out", "resume", "device_batch", "amp", "compile", "checkpointing", "workers", "save_minutes",
+              "log_every"}
+
+
+def draw_mask(recipe, grid, rng):
+    """One mask for one sample: bool NumPy array on the token grid, True = masked."""
+    extra = {"consecutive": recipe.frame_runs} if recipe.mask == "frame" else {}
+    return MASKS[recipe.mask](grid, recipe.mask_ratio, rng, **extra)
+
+
+def check(recipe, samples):
+    """Flags that contradict each other or the data, before anything is built."""
+    video = recipe.model in mvit.MODELS
+    if video != (samples.kind == "video"):
+        raise ValueError(f"model={recipe.model} takes {'clips' if video else 'images'}, but {recipe.data} holds "
+                         f"{samples.kind}s: use --model {'vit_b or vit_tiny' if video else 'mvitv2_s or mvit_tiny'}")
+    if video == (recipe.mask == "block"):
+        raise ValueError(f"mask={recipe.mask} does not suit {recipe.model}: use --mask "
+                         f"{'cube, tube or frame' if video else 'block'}")
+    for name in ("epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every", "clip_grad", "sampling_rate"):
+        if not getattr(recipe, name) > 0:
+            raise ValueError(f"{name}={getattr(recipe, name)} is not positive")
+    if not 0 < recipe.mask_ratio < 1:
+        raise ValueError(f"mask_ratio={recipe.mask_ratio} is not between 0 and 1")
+    if not 0 < recipe.crop_scale[0] <= recipe.crop_scale[1] <= 1:
+        raise ValueError(f"crop_scale={recipe.crop_scale} is not an increasing range within (0, 1]")
+
+
+def refuse_other_run(path, checkpoint, recipe, fingerprint):
+    """A run goes on only as what it was: same recipe but for RUN_FIELDS, same data set."""
+    missing = [key for key in ("model", "optimizer", "scaler", "step", "skipped", "recipe", "data") if key not in checkpoint]
+    if missing:
+        raise ValueError(f"{path} is no training checkpoint, it lacks {', '.join(missing)}: choose another --out")
+    old, new = checkpoint["recipe"], dataclasses.asdict(recipe)
+    differs = [f"{key}={new[key]} (was {old.get(key)})" for key in new if key not in RUN_FIELDS and new[key] != old.get(key)]
+    if differs:
+        raise ValueError(f"--resume: {path} was made by another recipe; different here: {', '.join(differs)}")
+    if checkpoint["data"] != fingerprint:
+        raise ValueError(f"--resume: the files in {recipe.data} are not those {path} was trained on")
+
+
+def report_unreadable(new, known, total, say):
+    """Name each unreadable file once; too many of them end the run. new: (path, reason) pairs; known: dict, added to."""
+    for path, reason in new:
+        if path not in known:
+            known[path] = reason
+            say(f"unreadable, replaced by another: {path}: {reason}")
+    if len(known) > MAX_UNREADABLE * total:
+        raise ValueError(f"{len(known)} of {total} files cannot be read, more than {MAX_UNREADABLE:.0%}: "
+                         f"{', '.join(sorted(known))}")
+
+
+def main():
+    name, recipe, given = parse_recipe(RECIPES, __doc__)
+    rank, world, device = init_distributed()
+    stop = StopSignal()
+    say = tqdm.write if rank == 0 else lambda line: None
+
+    # ------------------------------------------------------------------------------------------------------------ data
+    if not recipe.data:
+        recipe = replace(recipe, data="data/synthetic")
+        if rank == 0 and not os.path.isdir(recipe.data):
+            say(f"no --data: making clips in {recipe.data}, once")
+        synthetic.make_dataset(recipe.data)                                   # safe if all ranks do it at once
+    samples = data.find_samples(recipe.data, "train")
+    check(recipe, samples)
+    if "batch_size" not in given and recipe.batch_size > len(samples.paths) // 16:
+        size = max(2 ** int(math.log2(max(len(samples.paths) // 16, 1))), world)
+        say(f"batch_size {recipe.batch_size} -> {size}: the data set has only {len(samples.paths)} samples")
+        recipe = replace(recipe, batch_size=size)
+    if recipe.batch_size % world:
+        raise ValueError(f"batch_size={recipe.batch_size} does not divide over {world} processes: use a multiple")
+    per_rank = recipe.batch_size // world
+    accumulate = next(n for n in range(1, per_rank + 1) if per_rank % n == 0 and per_rank // n <= recipe.device_batch)
+    steps_per_epoch = len(samples.paths) // recipe.batch_size
+    total_steps = recipe.epochs * steps_per_epoch
+
+    # ----------------------------------------------------------------------------------------- model, optimizer, resume
+    seed_all(recipe.seed)
+    model = build_maskfeat(dataclasses.asdict(recipe)).to(device)
+    grid = tuple(n // s for n, s in zip((recipe.num_frames, *recipe.image_size)[-len(model.encoder.patch_stride):],
+                                        model.encoder.patch_stride))
+    on_gpu = device.type == "cuda"
+    amp = recipe.amp if recipe.amp != "auto" else "bf16" if on_gpu else "fp32"
+    autocast = functools.partial(torch.autocast, device.type, dtype=torch.float16 if amp == "fp16" else torch.bfloat16,
+                                 enabled=amp != "fp32")
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    optimizer = torch.optim.AdamW(param_groups(model, recipe.weight_decay), lr=0.0, betas=(0.9, recipe.beta2),
+                                  fused=on_gpu)
+    last = os.path.join(recipe.out, "last.pt")
+    fingerprint, step, skipped = data.fingerprint(samples), 0, 0
+    if os.path.exists(last) and not recipe.resume:
+        raise ValueError(f"{last} exists: go on with --resume, or choose another --out; nothing is written over it")
+    if recipe.resume and os.path.exists(last):
+        checkpoint = read_checkpoint(last)
+        refuse_other_run(last, checkpoint, recipe, fingerprint)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        step, skipped = checkpoint["step"], checkpoint["skipped"]
+        say(f"resumed {last} at step {step}")
+    os.makedirs(recipe.out, exist_ok=True)
+    log = Logger(os.path.join(recipe.out, "log.jsonl"), step, rank)
+    if recipe.compile == "on" or recipe.compile == "auto" and on_gpu:
+        model.compile()                                                       # in place: names keep no prefix
+    ddp = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) \
+        if world > 1 else model
+
+    dataset = data.PretrainDataset(
+        samples, recipe.image_size, recipe.num_frames if len(grid) == 3 else None, recipe.sampling_rate,
+        functools.partial(draw_mask, recipe, grid), recipe.seed, recipe.crop_scale, flip=recipe.flip)
+    batches = data.EpochBatches(len(samples.paths), recipe.batch_size, recipe.epochs, recipe.seed, rank, world,
+                                per_rank // accumulate, step)
+    workers = recipe.workers if recipe.workers >= 0 else min(16, max((os.cpu_count() or 1) // world, 1))
+    loader = data.make_loader(dataset, batches, workers, pin_memory=on_gpu)
+
+    scale = recipe.batch_size / recipe.lr_batch
+    say(f"recipe {name}: " + ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(recipe).items()))
+    say(f"{len(samples.paths)} {samples.kind}s, {len(samples.ignored)} other files ignored, {len(samples.missing)} "
+        f"listed but missing; {steps_per_epoch} steps per epoch, {recipe.epochs} effective epochs, {total_steps} steps")
+    say(f"batch {recipe.batch_size} = {world} processes x {per_rank // accumulate} samples x {accumulate} accumulated; "
+        f"peak lr {recipe.lr:g} x {recipe.batch_size}/{recipe.lr_batch} = {recipe.lr * scale:g}; {amp} on {device}; "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+        f"{model.target.dim} numbers to predict per token of grid {'x'.join(map(str, grid))}")
+
+    # ------------------------------------------------------------------------------------------------------------ loop
+    mean, std = (torch.tensor(v, device=device).view(3, *[1] * len(grid)) for v in (recipe.mean, recipe.std))
+    model.train()
+    loss_sum, steps_summed, skipped_in_row = torch.zeros((), device=device), 0, 0
+    logged, unreadable, newly_unreadable = step, {}, {}
+    bar = tqdm(total=total_steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True, smoothing=0.1)
+    iterator, waited, mark, saved, stopped = iter(loader), 0.0, time.perf_counter(), time.monotonic(), ""
+    while step < total_steps and not stopped:
+        seed_all(recipe.seed, step, rank)                                     # drop path draws by step: exact resume
+        lr = scale * lr_at(step / steps_per_epoch, recipe.lr, recipe.epochs, recipe.warmup_epochs, recipe.warmup_lr,
+                           recipe.min_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        step_loss = torch.zeros((), device=device)
+        for micro in range(accumulate):
+            start = time.perf_counter()
+            batch = next(iterator)
+            waited += time.perf_counter() - start
+            newly_unreadable.update(batch["unreadable"])
+            x = batch["x"].to(device, non_blocking=True).float().div(255).sub(mean).div(std)
+            mask = batch["mask"].to(device, non_blocking=True)
+            with ddp.no_sync() if world > 1 and micro < accumulate - 1 else nullcontext():
+                with autocast():
+                    loss, _ = ddp(x, mask)
+                scaler.scale(loss / accumulate).backward()
+            step_loss += loss.detach() / accumulate
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
+        if torch.isfinite(grad_norm):      # gradients are averaged over ranks by now, so all ranks decide alike
+            scaler.step(optimizer)
+            skipped_in_row, loss_sum, steps_summed = 0, loss_sum + step_loss, steps_summed + 1
+        else:
+            skipped, skipped_in_row = skipped + 1, skipped_in_row + 1
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if skipped_in_row == MAX_SKIPPED:
+            raise ValueError(f"the {skipped_in_row} steps up to {step} gave a non-finite loss or gradient: lower --lr, or "
+                             f"use --amp fp32; {last} is as it was before them")
+
+        # ------------------------------------------------------------------------------------------- log, stop, save
+        if step % recipe.log_every == 0 or step % steps_per_epoch == 0:
+            seconds = time.perf_counter() - mark
+            speed, wait = (step - logged) * recipe.batch_size / seconds, reduce_mean(waited / seconds, device)
+            loss_mean = reduce_mean(loss_sum / max(steps_summed, 1), device) if steps_summed else None
+            report_unreadable(gather_list(list(newly_unreadable.items())), unreadable, len(samples.paths), say)
+            bar.set_postfix_str(f"loss {loss_mean:.4f}, lr {lr:.1e}, {speed:.1f} {samples.kind}s/s, waits {wait:.0%}"
+                                if steps_summed else f"{skipped} steps skipped", refresh=False)
+            log(step=step, epoch=step / steps_per_epoch, loss=loss_mean, lr=lr, samples_per_second=speed, data_wait=wait,
+                grad_norm=grad_norm.item() if steps_summed else None, skipped=skipped, unreadable=len(unreadable))
+            loss_sum, steps_summed, waited, newly_unreadable = torch.zeros_like(loss_sum), 0, 0.0, {}
+            logged, mark = step, time.perf_counter()
+        bar.update()
+        stopped = stop.agreed()
+        due = step % steps_per_epoch == 0 or time.monotonic() - saved > 60 * recipe.save_minutes
+        if rank == 0 and (due or stopped) and not skipped_in_row:
+            save_checkpoint(last, {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                "step": step, "skipped": skipped, "recipe": dataclasses.asdict(recipe), "data": fingerprint})
+            saved = time.monotonic()
+    bar.close()
+    if stopped:
+        say(f"stopped by {stopped} after step {step} of {total_steps}; {last} holds it, go on with --resume")
+        sys.exit(128 + signal.Signals[stopped])
+
+    # ------------------------------------------------------------------------------------------------------------- end
+    say(f"{step} steps, {skipped} skipped for non-finite gradients, {len(unreadable)} unreadable files replaced; "
+        f"peak memory {peak_memory(device):.2f} GiB")
+    if rank == 0:
+        try:
+            shown = data.find_samples(recipe.data, "val")
+        except ValueError:
+            say(f"{recipe.data} has no validation part: the picture shows training samples")
+            shown = samples
+        picture = os.path.join(recipe.out, "prediction.png")
+        paths = shown.paths[::max(len(shown.paths) // 4, 1)][:4]
+        visualize.draw(model.eval(), dataclasses.asdict(recipe), paths, picture, device)
+        say(f"wrote {last} and {picture}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,540 @@
+"""data.py and synthetic.py against videos that carry their frame numbers, written by PyAV on the spot."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data
+import synthetic
+
+av = pytest.importorskip("av")
+
+
+# ---------------------------------------------------------------- videos whose frames show their number
+
+
+def numbered_frame(number, width=64, height=48):
+    """Eight vertical bars, black or white: the bits of the number, lowest first."""
+    bits = [255 * (number >> bit & 1) for bit in range(8)]
+    return np.repeat(np.array(bits, np.uint8).repeat(width // 8)[None, :, None], height, 0).repeat(3, 2)
+
+
+def read_numbers(clip):
+    """(T, 3, H, W) -> the numbers shown, read from the middle of the bars."""
+    width = clip.shape[-1]
+    columns = [int((bit + 0.5) * width / 8) for bit in range(8)]
+    bits = clip[:, :, clip.shape[2] // 2, columns].float().mean(1) > 127
+    return [sum(int(bit) << k for k, bit in enumerate(row)) for row in bits]
+
+
+def write_video(path, pts, unit=Fraction(1, 30), codec="libx264", options=None, rotation=0):
+    """One numbered frame for each time in `pts` (in units of `unit` seconds)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=round(1 / unit) if unit > Fraction(1, 100) else 30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = unit
+        stream.options = options or {}
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for number, when in enumerate(pts):
+            frame = av.VideoFrame.from_ndarray(numbered_frame(number), format="rgb24")
+            frame.pts, frame.time_base = when, unit
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return str(path)
+
+
+def decode_all(path):
+    """Slow reference: (times, duration) of all frames in s; frame k shows number k."""
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        frames = [(f.pts * stream.time_base, (f.duration or 0) * stream.time_base) for f in container.decode(stream)]
+        times = [float(time) for time, _ in frames]
+        if times != sorted(times):  # H.264 in AVI: the order is right, the times are not
+            times = [k / 30 for k in range(len(times))]
+        ends = [float(time + length) for time, length in frames]
+        return times, float(stream.duration * stream.time_base) if stream.duration else max(ends) - times[0]
+
+
+def expected_numbers(path, num_frames, rate, position):
+    times, duration = decode_all(path)
+    start = times[0] + position * max(duration - num_frames * rate / 30, 0)
+    return [max([k for k, t in enumerate(times) if t <= start + j * rate / 30 + 1e-3], default=0)
+            for j in range(num_frames)]
+
+
+IRREGULAR = [0, 40, 50, 140, 150, 160, 400, 410, 433, 500, 900, 901, 950, 1000, 1033, 1066, 1100, 1500, 2400, 2500]
+VIDEOS = {
+    "b_frames.mp4": dict(pts=range(120), options={"bf": "3", "g": "40", "b-pyramid": "normal"}),
+    "open_gop.mp4": dict(pts=range(120), options={"bf": "3", "g": "20", "x264-params": "open-gop=1:keyint=20"}),
+    "keyframe_first_only.mkv": dict(pts=range(100), options={"g": "999"}),
+    "irregular.mp4": dict(pts=[t * 15 for t in IRREGULAR], unit=Fraction(1, 15000)),
+    "odd_rate.mp4": dict(pts=range(90), unit=Fraction(1001, 24000)),
+    "slow.mkv": dict(pts=range(12), unit=Fraction(1, 2)),
+    "late_start.mp4": dict(pts=range(70, 170)),
+    "vp8.webm": dict(pts=range(80), codec="libvpx", options={"deadline": "realtime", "cpu-used": "8"}),
+    "mpeg4.avi": dict(pts=range(80), codec="mpeg4", options={"g": "15"}),
+    "b_frames.avi": dict(pts=range(80), options={"bf": "2", "g": "30"}),  # packets without times
+    "short.mp4": dict(pts=range(7)),
+}
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    return {name: write_video(folder / name, **spec) for name, spec in VIDEOS.items()}
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_read_clip_shows_the_frames_of_a_slow_reference(videos, name):
+    for num_frames, rate in ((16, 4), (8, 2), (5, 1)):
+        for position in (0, 0.31, 0.5, 0.77, 1):
+            clip = data.read_clip(videos[name], num_frames, rate, position, short_side=None)
+            assert clip.shape == (num_frames, 3, 48, 64) and clip.dtype == torch.uint8
+            assert read_numbers(clip) == expected_numbers(videos[name], num_frames, rate, position)
+
+
+def test_read_clip_16x4_at_30_fps_steps_by_4(videos):
+    assert read_numbers(data.read_clip(videos["b_frames.mp4"], position=0)) == list(range(0, 64, 4))
+    assert read_numbers(data.read_clip(videos["b_frames.mp4"], position=1)) == list(range(56, 120, 4))
+
+
+def test_short_video_repeats_its_last_frame(videos):
+    assert read_numbers(data.read_clip(videos["short.mp4"], 5, 2, 0.9)) == [0, 2, 4, 6, 6]
+
+
+def test_read_clip_scales_the_short_side(videos):
+    assert data.read_clip(videos["short.mp4"], 2, 1, short_side=96).shape == (2, 3, 96, 128)
+    small = data.read_clip(videos["short.mp4"], 2, 1, short_side=24)
+    assert small.shape == (2, 3, 24, 32) and read_numbers(small) == [2, 3]
+
+
+@pytest.mark.parametrize("degrees", (90, 180, 270))
+def test_rotation_is_applied(tmp_path, videos, degrees):
+    path = write_video(tmp_path / "rotated.mp4", range(7), rotation=degrees)
+    with av.open(path) as container:
+        stored = next(container.decode(video=0)).rotation  # counterclockwise; the sign is the writer's affair
+    assert stored % 180 == degrees % 180
+    upright = data.read_clip(videos["short.mp4"], 3, 1, short_side=None)
+    assert torch.equal(data.read_clip(path, 3, 1, short_side=None), torch.rot90(upright, stored // 90, (2, 3)))
+
+
+def test_colour_range_is_respected(tmp_path):
+    shown = []
+    for name, color_range in (("tv.mkv", 1), ("pc.mkv", 2)):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream("ffv1", rate=30)
+            stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
+            stream.codec_context.color_range = color_range
+            frame = av.VideoFrame(16, 16, "yuv420p")
+            for plane, value in zip(frame.planes, (235, 128, 128)):
+                plane.update(bytes([value]) * plane.buffer_size)
+            frame.color_range = color_range
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        shown.append(int(data.read_clip(tmp_path / name, 1, 1, short_side=None).float().mean().round()))
+    assert abs(shown[0] - 255) <= 1 and abs(shown[1] - 235) <= 1  # limited range: 235 is white
+
+
+def test_reading_leaves_nothing_open(videos):
+    def open_files():
+        return len(os.listdir("/proc/self/fd"))
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("needs /proc")
+    data.read_clip(videos["vp8.webm"])
+    before = open_files()
+    for k in range(100):
+        data.read_clip(videos["b_frames.mp4"], 4, 1, k / 100, 24)
+        with pytest.raises(data.UnreadableFile):
+            data.read_clip(__file__)
+    assert open_files() == before
+
+
+# ---------------------------------------------------------------- damaged files, images
+
+
+def test_unreadable_videos_name_file_and_reason(tmp_path, videos):
+    damaged = {"empty.mp4": b"", "text.mp4": b"no video at all\n" * 20,
+               "no_index.mp4": Path(videos["short.mp4"]).read_bytes()[:900]}
+    for name, content in damaged.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(data.UnreadableFile, match=name):
+            data.read_clip(tmp_path / name)
+    with pytest.raises(data.UnreadableFile, match="absent.mp4"):
+        data.read_clip(tmp_path / "absent.mp4")
+
+
+def test_webm_cut_off_is_a_shorter_video(tmp_path, videos):
+    whole = Path(videos["vp8.webm"]).read_bytes()
+    (tmp_path / "cut.webm").write_bytes(whole[:len(whole) * 2 // 3])  # no length in the header, so nothing is promised
+    for position in (0, 0.5, 1):
+        numbers = read_numbers(data.read_clip(tmp_path / "cut.webm", 8, 2, position, None))
+        assert numbers == expected_numbers(str(tmp_path / "cut.webm"), 8, 2, position) and numbers[-1] < 79
+
+
+def test_video_cut_off_after_its_header_is_not_filled_up(tmp_path):
+    path, faststart = write_video(tmp_path / "a.mp4", range(120), options={"g": "30"}), {"movflags": "faststart"}
+    with av.open(path) as source, av.open(str(tmp_path / "f.mp4"), "w", options=faststart) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    whole = (tmp_path / "f.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[:int(len(whole) * 0.6)])
+    assert read_numbers(data.read_clip(tmp_path / "cut.mp4", 4, 2, 0, None)) == [0, 2, 4, 6]
+    for position in (0.7, 1):
+        with pytest.raises(data.UnreadableFile):
+            data.read_clip(tmp_path / "cut.mp4", 16, 2, position)
+    assert not data.check_file(tmp_path / "cut.mp4")[0]
+
+
+def test_read_image_modes(tmp_path):
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    for mode in ("L", "RGB", "P", "LA", "RGBA"):
+        Image.fromarray(grey).convert(mode).save(tmp_path / f"{mode}.png")
+    for name in ("deep", "L", "RGB", "P", "LA", "RGBA"):
+        image = data.read_image(tmp_path / f"{name}.png")
+        assert image.mode == "RGB" and np.array_equal(np.asarray(image), grey[..., None].repeat(3, 2)), name
+    Image.fromarray(grey).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    assert abs(np.asarray(data.read_image(tmp_path / "cmyk.jpg")).astype(int) - grey[..., None]).mean() < 3
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:1500])
+    with pytest.raises(data.UnreadableFile, match="cut.jpg"):
+        data.read_image(tmp_path / "cut.jpg")
+
+
+# ---------------------------------------------------------------- finding files
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def names_of(samples, root):
+    return [os.path.relpath(path, root) for path in samples.paths]
+
+
+def test_layout_folders(tmp_path):
+    touch(tmp_path, "train/b/2.MP4", "train/b/10.mov", "train/a/x y.webm", "train/b/notes.txt", "train/loose.mp4",
+          "val/c/1.mkv", "train/a/._hidden.mp4")
+    train, val = data.find_samples(tmp_path), data.find_samples(tmp_path, "val")
+    assert names_of(train, tmp_path) == ["train/a/x y.webm", "train/b/10.mov", "train/b/2.MP4"]
+    assert (train.kind, train.labels, train.classes) == ("video", [0, 1, 1], ["a", "b", "c"])
+    assert sorted(os.path.basename(path) for path in train.ignored) == ["._hidden.mp4", "loose.mp4", "notes.txt"]
+    assert val.labels == [2] and val.classes == train.classes
+
+
+def test_layout_csv_with_odd_paths(tmp_path):
+    away = tmp_path / "away" / "abs.mp4"
+    touch(tmp_path, "set/a b.mp4", "set/bob's clip.mp4", 'set/say "hi" now.mp4', "set/c.mp4", "set/old.avi copy.mp4",
+          "away/abs.mp4")
+    (tmp_path / "set/train.csv").write_text(
+        '"a b.mp4" 3\na b.mp4 4\nbob\'s clip.mp4 3\n"say ""hi"" now.mp4" 5\nsay "hi" now.mp4 6\n\nc.mp4\nc.mp4 77 8\n'
+        f'old.avi copy.mp4 2\n./../set/c.mp4 9\n{away} 1\nnot there.mp4 3\r\n', newline="")
+    samples = data.find_samples(tmp_path / "set")
+    assert names_of(samples, tmp_path / "set") == [
+        "a b.mp4", "a b.mp4", "bob's clip.mp4", 'say "hi" now.mp4', 'say "hi" now.mp4', "c.mp4", "c.mp4",
+        "old.avi copy.mp4", "c.mp4", "../away/abs.mp4"]
+    assert samples.labels == [3, 4, 3, 5, 6, 0, 8, 2, 9, 1]
+    assert samples.missing == [str(tmp_path / "set/not there.mp4")]
+    with pytest.raises(ValueError, match="no val split"):
+        data.find_samples(tmp_path / "set", "val")
+    (tmp_path / "set/val.csv").write_text("c.mp4 1\nc.mp4,dog\n")
+    with pytest.raises(ValueError, match="line 2"):
+        data.find_samples(tmp_path / "set", "val")
+
+
+def test_layout_official_kinetics_csv(tmp_path):
+    header = "label,youtube_id,time_start,time_end,split\n"
+    (tmp_path / "kinetics_400_train.csv").write_text(
+        header + '"riding, a bike",-a_b,5,15,train\nabseiling,xyz,0,10,train\nzumba,gone,1,11,train\n')
+    (tmp_path / "validate.csv").write_text(header + "zumba,v1,100,110,validate\n")
+    touch(tmp_path, "train/riding a bike/-a_b_000005_000015.mp4", "xyz.mkv", "val/v1_000100_000110.mp4")
+    train, val = data.find_samples(tmp_path), data.find_samples(tmp_path, "val")
+    assert names_of(train, tmp_path) == ["train/riding a bike/-a_b_000005_000015.mp4", "xyz.mkv"]
+    assert train.classes == ["abseiling", "riding, a bike", "zumba"] == val.classes
+    assert (train.labels, val.labels, train.missing) == ([1, 0], [2], ["gone_000001_000011"])
+
+
+def test_layout_flat_and_fingerprint(tmp_path):
+    touch(tmp_path, "one/deep/b.png", "one/a.jpg", "one/readme.md")
+    samples = data.find_samples(tmp_path / "one")
+    assert names_of(samples, tmp_path / "one") == ["a.jpg", "deep/b.png"]
+    assert (samples.kind, samples.labels, samples.classes) == ("image", [-1, -1], [])
+    os.rename(tmp_path / "one", tmp_path / "two")
+    moved = data.find_samples(tmp_path / "two")
+    assert data.fingerprint(moved) == data.fingerprint(samples)
+    touch(tmp_path, "two/c.png")
+    assert data.fingerprint(data.find_samples(tmp_path / "two")) != data.fingerprint(samples)
+
+
+def test_find_samples_errors_say_what_and_where(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent"):
+        data.find_samples(tmp_path / "absent")
+    touch(tmp_path, "flat/a.mp4", "empty/readme.txt", "mixed/a.mp4", "mixed/b.png", "mixed/c.png", "half/train/x/a.mp4")
+    with pytest.raises(ValueError, match="(?s)no val split.*accepted layouts"):
+        data.find_samples(tmp_path / "flat", "val")
+    with pytest.raises(ValueError, match="no val split"):
+        data.find_samples(tmp_path / "half", "val")
+    with pytest.raises(ValueError, match="(?s)no sample.*empty.*accepted layouts"):
+        data.find_samples(tmp_path / "empty")
+    with pytest.raises(ValueError, match="1 videos and 2 images"):
+        data.find_samples(tmp_path / "mixed")
+
+
+# ---------------------------------------------------------------- crops
+
+
+def test_crop_box_stays_inside_and_follows_its_law():
+    rng = random.Random(0)
+    areas, logs = [], []
+    for _ in range(4000):
+        top, left, h, w = data.random_resized_crop_box(1000, 1000, rng, (0.08, 0.5))
+        assert 0 <= top <= 1000 - h and 0 <= left <= 1000 - w and h > 0 and w > 0
+        areas.append(h * w / 1e6)
+        logs.append(np.log(w / h))
+    # With these limits every first box fits, so both draws are uniform: standard errors of the means over 4000.
+    assert abs(np.mean(areas) - 0.29) < 4 * 0.42 / 12 ** 0.5 / 4000 ** 0.5
+    assert abs(np.mean(logs)) < 4 * 2 * np.log(4 / 3) / 12 ** 0.5 / 4000 ** 0.5
+    assert min(areas) > 0.079 and max(areas) < 0.501 and max(abs(np.array(logs))) < np.log(4 / 3) + 0.01
+
+
+def test_crop_box_falls_back_to_the_centre():
+    assert data.random_resized_crop_box(10, 100, random.Random(0), (0.9, 1)) == (0, 43, 10, 13)
+    assert data.random_resized_crop_box(100, 10, random.Random(0), (0.9, 1)) == (43, 0, 13, 10)
+
+
+def test_crop_resize_is_plain_bilinear_and_pil_bicubic():
+    clip = torch.randint(0, 256, (3, 3, 50, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    box, size = (5, 7, 41, 32), (16, 24)
+    exact = F.interpolate(clip[..., 5:46, 7:39].double(), size, mode="bilinear", align_corners=False, antialias=False)
+    result = data.crop_resize(clip, box, size)
+    assert result.shape == (3, 3, 16, 24) and result.dtype == torch.uint8
+    assert (result.double() - exact).abs().max() <= 0.5 + 1e-4
+    image = Image.fromarray(clip[0].permute(1, 2, 0).numpy())
+    reference = np.asarray(image.crop((7, 5, 39, 46)).resize((24, 16), Image.BICUBIC))
+    assert np.array_equal(data.crop_resize(image, box, size).permute(1, 2, 0).numpy(), reference)
+
+
+# ---------------------------------------------------------------- samples, batches, loaders
+
+
+def random_mask(rng):
+    return np.array([rng.random() < 0.4 for _ in range(24)]).reshape(2, 3, 4)
+
+
+@pytest.fixture(scope="module")
+def clip_set(tmp_path_factory):
+    root = tmp_path_factory.mktemp("set")
+    for k in range(6):
+        write_video(root / "train" / "ab"[k % 2] / f"{k}.mp4", range(30 + 5 * k), options={"preset": "ultrafast"})
+    (root / "train/a/broken.mp4").write_text("not a video")
+    return data.find_samples(root)
+
+
+def dataset(samples, **more):
+    return data.PretrainDataset(samples, (32, 40), num_frames=4, sampling_rate=2, mask=random_mask, seed=3,
+                                short_side=48, **more)
+
+
+def all_batches(samples, workers=0, **more):
+    batches = data.EpochBatches(len(samples), 4, epochs=2, seed=3, **more)
+    loader = data.make_loader(dataset(samples), batches, workers)
+    found = list(loader)
+    assert len(found) == len(batches)
+    return found
+
+
+def assert_same(one, two):
+    assert one.keys() == two.keys()
+    assert one["unreadable"] == two["unreadable"]
+    for name in ("x", "mask", "label", "index"):
+        assert torch.equal(one[name], two[name]), name
+
+
+def test_item_layout_and_replacement_of_an_unreadable_file(clip_set):
+    broken = [k for k, path in enumerate(clip_set.paths) if "broken" in path][0]
+    items = dataset(clip_set)
+    replaced = set()
+    for epoch in range(8):
+        item = items[epoch, broken]
+        assert item["x"].shape == (3, 4, 32, 40) and item["x"].dtype == torch.uint8 and item["x"].is_contiguous()
+        assert item["mask"].shape == (2, 3, 4) and item["mask"].dtype == torch.bool
+        (path, reason), = item["unreadable"]
+        assert path == clip_set.paths[broken] and reason
+        assert item["index"] == broken and torch.equal(item["x"], items[epoch, broken]["x"])
+        replaced.add(item["label"])
+    assert replaced == {0, 1}  # the label is that of the file which stands in
+    assert items[0, (broken + 1) % len(items)]["unreadable"] == []
+
+
+def test_only_unreadable_files_is_an_error_naming_them(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    with pytest.raises(ValueError, match="(?s)a.mp4.*b.mp4|b.mp4.*a.mp4"):
+        dataset(data.find_samples(tmp_path))[0, 0]
+
+
+def test_randomness_depends_on_epoch_and_index_and_the_mask_has_its_own(clip_set):
+    items, plain = dataset(clip_set), dataset(clip_set, scale=(0.2, 0.3), flip=0)
+    assert not torch.equal(items[0, 1]["x"], items[1, 1]["x"])
+    assert not torch.equal(items[0, 1]["mask"], items[1, 1]["mask"])
+    assert not torch.equal(items[0, 1]["mask"], items[0, 2]["mask"])
+    assert not torch.equal(items[0, 1]["x"], plain[0, 1]["x"])
+    assert torch.equal(items[0, 1]["mask"], plain[0, 1]["mask"])
+    evaluation = dataset(clip_set, train=False)
+    assert torch.equal(evaluation[0, 1]["x"], evaluation[1, 1]["x"])
+    middle = data.read_clip(clip_set.paths[1], 4, 2, 0.5, 48)
+    centred = data.crop_resize(middle, (0, 2, 48, 60), (32, 40))
+    assert torch.equal(evaluation[0, 1]["x"], centred.transpose(0, 1))
+
+
+def test_flip_mirrors_half_of_the_samples(tmp_path):
+    ramp = np.tile(np.arange(0, 240, 4, dtype=np.uint8), (60, 1))
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    items = data.PretrainDataset(data.find_samples(tmp_path), (16, 16))
+    flipped = [bool(x[0, 0, 0] > x[0, 0, -1]) for x in (items[epoch, 0]["x"] for epoch in range(400))]
+    assert abs(np.mean(flipped) - 0.5) < 4 * 0.5 / 400 ** 0.5
+    assert items[0, 0]["x"].shape == (3, 16, 16) and "mask" not in items[0, 0]
+
+
+def test_num_frames_must_go_with_the_data(clip_set):
+    with pytest.raises(ValueError, match="num_frames=None does not go with video"):
+        data.PretrainDataset(clip_set, (32, 32))
+
+
+def test_workers_and_resuming_change_no_sample(clip_set):
+    whole = all_batches(clip_set, workers=0, device_batch=2)
+    for one, two in zip(whole, all_batches(clip_set, workers=2, device_batch=2), strict=True):
+        assert_same(one, two)
+    for one, two in zip(whole[2:], all_batches(clip_set, workers=0, device_batch=2, start_step=1), strict=True):
+        assert_same(one, two)
+    assert sum(len(batch["unreadable"]) for batch in whole) == sum(
+        clip_set.paths[index].endswith("broken.mp4") for batch in whole for index in batch["index"])
+
+
+def test_epoch_batches_do_not_depend_on_ranks_and_accumulation():
+    def steps(world_size, device_batch, start_step=0):
+        ranks = [list(data.EpochBatches(29, 8, 3, 5, rank, world_size, device_batch, start_step))
+                 for rank in range(world_size)]
+        micro = 8 // world_size // (device_batch or 8 // world_size)
+        return [[pair for rank in ranks for part in rank[s * micro:(s + 1) * micro] for pair in part]
+                for s in range(len(ranks[0]) // micro)]
+    reference = steps(1, None)
+    assert len(reference) == 9 and all(len(step) == 8 for step in reference)
+    assert steps(2, 2) == steps(4, None) == steps(1, 1) == reference
+    assert steps(2, 4, start_step=4) == reference[4:]
+    for epoch in range(3):
+        seen = [index for step in reference[3 * epoch:3 * epoch + 3] for e, index in step if e == epoch]
+        assert len(set(seen)) == 24 and set(seen) <= set(range(29))
+    assert [index for _, index in reference[0]] != [index for _, index in reference[3]]
+    assert len(data.EpochBatches(29, 8, 3, device_batch=2, start_step=4)) == 20
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(num_samples=7), "batch_size <= 7"), (dict(world_size=3), "multiple of 3"),
+    (dict(device_batch=3), "divisor of 8"), (dict(start_step=13), "start_step=13")])
+def test_epoch_batches_refuse(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        data.EpochBatches(**{"num_samples": 32, "batch_size": 8, "epochs": 3} | wrong)
+
+
+def test_signals_to_the_group_spare_workers_and_exit_is_quick(tmp_path):
+    """SIGINT and SIGTERM leave the workers alone; a parent that ends with a live loader does not hang on them."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    script = tmp_path / "run.py"
+    script.write_text(f"""
+import multiprocessing, os, signal, sys, time
+sys.path.insert(0, {os.path.dirname(data.__file__)!r})
+import data
+items = data.PretrainDataset(data.find_samples({str(tmp_path)!r}), (16, 16))
+batches = iter(data.make_loader(items, data.EpochBatches(1, 1, 500), 2))
+next(batches)
+for worker in multiprocessing.active_children():
+    os.kill(worker.pid, signal.SIGINT)
+    os.kill(worker.pid, signal.SIGTERM)
+print(sum(1 for _ in zip(range(300), batches)), "av" in sys.modules)
+raise SystemExit(5)
+""")
+    start = time.time()
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout.split()) == (5, ["300", "False"]), result.stderr
+    assert time.time() - start < 40
+
+
+# ---------------------------------------------------------------- python data.py --check, synthetic.py
+
+
+def test_check_names_the_unusable_files(tmp_path):
+    def run():
+        return subprocess.run([sys.executable, data.__file__, "--check", str(tmp_path), "--workers", "1"],
+                              capture_output=True, text=True, timeout=60)
+    write_video(tmp_path / "good.mp4", range(30))
+    touch(tmp_path, "notes.txt")
+    result = run()
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "64x48, 30 frames, 30.00 fps, 1.00 s" in result.stdout and "h264" in result.stdout
+    (tmp_path / "bad.mp4").write_text("not a video")
+    result = run()
+    assert result.returncode == 1 and "1 usable, 1 unusable, 0 missing, 1 ignored" in result.stdout
+    assert [line.split()[1] for line in result.stdout.splitlines() if line.startswith("UNUSABLE")] == [
+        f"{tmp_path / 'bad.mp4'}:"]
+
+
+def test_synthetic_clips_are_deterministic_and_differ(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "CLIPS", {"train": 1, "val": 1})
+    synthetic.make_part(tmp_path / "one", 0, 1, 8)
+    synthetic.make_part(tmp_path / "two", 0, 1, 4)  # other parts, same clips
+    samples = data.find_samples(tmp_path / "one")
+    assert len(data.find_samples(tmp_path / "two")) > len(samples) > 0
+    for path in samples.paths + data.find_samples(tmp_path / "one", "val").paths:
+        assert Path(path).read_bytes() == (tmp_path / "two" / os.path.relpath(path, tmp_path / "one")).read_bytes()
+    clip = data.read_clip(samples.paths[0], short_side=None)
+    assert clip.shape == (16, 3, 96, 128) and clip.float().std() > 10
+    assert (clip[0].float() - clip[8].float()).abs().mean() > 1  # it moves
+
+
+def test_synthetic_folder_is_made_once_and_whole(tmp_path, monkeypatch):
+    started = []
+
+    class Child:
+        """Stands for a child process; writes at once or fails."""
+        def __init__(self, command):
+            started.append(command)
+            Path(command[2], "train").mkdir(exist_ok=True)
+            self.fails = tmp_path.joinpath("fail").exists()
+
+        def wait(self):
+            return int(self.fails)
+
+        def kill(self):
+            pass
+
+    monkeypatch.setattr(synthetic.subprocess, "Popen", Child)
+    (tmp_path / "fail").touch()
+    with pytest.raises(RuntimeError, match="failed"):
+        synthetic.make_dataset(tmp_path / "set")
+    assert os.listdir(tmp_path) == ["fail"]
+    os.remove(tmp_path / "fail")
+    assert (synthetic.make_dataset(tmp_path / "set") / "train").is_dir()
+    count = len(started)
+    synthetic.make_dataset(tmp_path / "set")
+    assert len(started) == count and os.listdir(tmp_path) == ["set"]
+    with pytest.raises(ValueError, match="something else"):
+        synthetic.make_dataset(tmp_path / "set", seed=1)

@@ -1,0 +1,160 @@
+"""What a pre-trained model predicts, as in Figures 1 and 6: masked input, prediction, target, original.
+
+    python visualize.py --checkpoint out/pretrain/last.pt --input CLIP.mp4 OTHER.mp4 --output prediction.png
+
+For clips the picture shows several frames of each, and an animation of all of them is written beside it (.gif).
+In the row of predictions, hidden patches show what the model predicts, visible ones the target, dimmed and blue.
+"""
+import argparse
+import os
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+import masking
+import mvit
+from convert import build_maskfeat
+from engine import read_checkpoint, run_main
+from hog import draw_hog, unpatch_hog
+
+ROWS = ("masked input", "prediction", "target", "original")
+ZOOM, GAP, MARGIN = 2, 4, 96          # screen pixels per input pixel; between pictures; for the names of the rows
+
+
+def to_image(pixels, recipe):
+    """(3, H, W) normalised -> uint8 (H, W, 3)."""
+    mean, std = (torch.tensor(recipe[key]).view(3, 1, 1) for key in ("mean", "std"))
+    return (pixels.cpu() * std + mean).mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
+def enlarge(array):
+    """uint8 (H, W, 3) at ZOOM times its size."""
+    return array.repeat(ZOOM, axis=0).repeat(ZOOM, axis=1)
+
+
+def draw_vectors(vectors, frame, grid, recipe, patch, scale):
+    """Feature vectors (h*w, dim) of one frame as uint8 (ZOOM*H, ZOOM*W, 3): HOG glyphs or pixels."""
+    if recipe["target"] == "hog":
+        histograms = unpatch_hog(vectors[None], grid, patch // recipe["cell"], recipe["bins"])[0]
+        picture = draw_hog(histograms, glyph=ZOOM * recipe["cell"], scale=scale)
+        return np.asarray(picture)[..., None].repeat(3, axis=2)
+    pixels = vectors.float().view(*grid, 3, patch, patch)
+    if recipe["pixel_norm"] == "patch":                                       # give back each patch's mean and spread
+        own = frame.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).permute(1, 3, 0, 2, 4).flatten(2)
+        pixels = pixels * (own.var(-1) + 1e-6).sqrt()[..., None, None, None] + own.mean(-1)[..., None, None, None]
+    return enlarge(to_image(pixels.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2), recipe))
+
+
+@torch.no_grad()
+def panels(model, recipe, x, mask):
+    """The four pictures of every frame the model predicts of one sample.
+
+    x: (3, T, H, W) or (3, H, W) normalised; mask: bool, (t, h, w) or (h, w). Returns a list over token times of lists
+    of uint8 (ZOOM*H, ZOOM*W, 3) in the order of ROWS.
+    """
+    _, prediction = model(x[None], mask[None])
+    goal = model.goal(x[None])
+    patch, stride = model.encoder.patch_stride[-1], model.encoder.patch_stride[0]
+    frames = x[:, ::stride].transpose(0, 1) if x.ndim == 4 else x[None]       # (t, 3, H, W)
+    mask = mask.view(len(frames), *mask.shape[-2:]).cpu()
+    grid = mask.shape[1:]
+    prediction, goal = (v[0].float().cpu().view(len(frames), grid[0] * grid[1], -1) for v in (prediction, goal))
+    result = []
+    for frame, hidden, predicted, wanted in zip(frames.cpu(), mask, prediction, goal):
+        original = enlarge(to_image(frame, recipe))
+        big = hidden.numpy().repeat(ZOOM * patch, 0).repeat(ZOOM * patch, 1)[..., None]
+        scale = None
+        if recipe["target"] == "hog":                                         # one brightness for both rows
+            scale = float(unpatch_hog(wanted[None], grid, patch // recipe["cell"], recipe["bins"]).sum(1).max())
+        target = draw_vectors(wanted, frame, grid, recipe, patch, scale)
+        guess = draw_vectors(predicted, frame, grid, recipe, patch, scale)
+        dimmed = (target * np.array([0.25, 0.35, 0.6])).astype(np.uint8)
+        result.append([np.where(big, np.uint8(110), original), np.where(big, guess, dimmed), target, original])
+    return result
+
+
+def sheet(columns, names):
+    """Columns of ROWS pictures, side by side in blocks of at most eight, with the rows named at the left."""
+    blocks = [columns[i:i + 8] for i in range(0, len(columns), 8)]
+    H, W = columns[0][0].shape[:2]
+    height = len(blocks) * (len(ROWS) * (H + GAP) + 20)
+    picture = Image.new("RGB", (MARGIN + len(blocks[0]) * (W + GAP), height), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    for b, block in enumerate(blocks):
+        top = b * (len(ROWS) * (H + GAP) + 20)
+        for r, row in enumerate(ROWS):
+            pen.text((4, top + 20 + r * (H + GAP) + H // 2 - 8), row, "black", font)
+        for c, column in enumerate(block):
+            left = MARGIN + c * (W + GAP)
+            pen.text((left, top + 2), names[b * 8 + c], "black", font)
+            for r, panel in enumerate(column):
+                picture.paste(Image.fromarray(panel), (left, top + 20 + r * (H + GAP)))
+    return picture
+
+
+def draw(model, recipe, paths, output, device="cpu", frames=4, seed=0):
+    """Write `output`, and beside it a GIF if the model takes clips, for the files in `paths`. Returns what was written.
+
+    recipe: dict as in a checkpoint. frames: how many frames of each clip the picture shows. Middle clip, centre crop,
+    masks drawn from `seed`.
+    """
+    video = recipe["model"] in mvit.MODELS
+    stride = model.encoder.patch_stride
+    size = (recipe["num_frames"], *recipe["image_size"]) if video else recipe["image_size"]
+    grid = tuple(n // s for n, s in zip(size, stride))
+    sample = getattr(masking, f"{recipe['mask']}_mask")
+    samples = data.Samples("video" if video else "image", list(paths), [-1] * len(paths), [])
+    dataset = data.PretrainDataset(samples, recipe["image_size"], recipe["num_frames"] if video else None,
+                                   recipe["sampling_rate"], lambda rng: sample(grid, recipe["mask_ratio"], rng), seed,
+                                   train=False)
+    mean, std = (torch.tensor(recipe[key]).view(3, *[1] * len(grid)) for key in ("mean", "std"))
+    columns, names, movie = [], [], []
+    for i, path in enumerate(paths):
+        item = dataset[0, i]
+        if item["unreadable"]:
+            raise ValueError(f"cannot read {path}: {item['unreadable'][0][1]}")
+        x = (item["x"].float() / 255 - mean) / std
+        steps = panels(model, recipe, x.to(device), item["mask"].to(device))
+        movie.append(steps)
+        shown = range(len(steps)) if len(steps) <= frames else \
+            [round(j * (len(steps) - 1) / max(frames - 1, 1)) for j in range(frames)]
+        for j in shown:
+            columns.append(steps[j])
+            names.append(os.path.basename(path)[:28] if j == shown[0] else f"frame {j * stride[0]}" if video else "")
+    sheet(columns, names).save(output)
+    if not video:
+        return [output]
+    gif = os.path.splitext(output)[0] + ".gif"
+    still = [sheet([steps[min(t, len(steps) - 1)] for steps in movie], [os.path.basename(p)[:28] for p in paths])
+             for t in range(max(map(len, movie)))]
+    still[0].save(gif, save_all=True, append_images=still[1:], duration=250, loop=0)
+    return [output, gif]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--input", required=True, nargs="+", help="clips or images")
+    parser.add_argument("--output", default="prediction.png")
+    parser.add_argument("--frames", type=int, default=4, help="frames of each clip in the picture")
+    parser.add_argument("--seed", type=int, default=0, help="of the masks")
+    args = parser.parse_args()
+    checkpoint = read_checkpoint(args.checkpoint)
+    if not isinstance(checkpoint.get("recipe"), dict) or "mask_token" not in checkpoint.get("model", {}):
+        raise ValueError(f"{args.checkpoint} is no pre-training checkpoint of ours; for a released one run convert.py "
+                         "first")
+    for path in args.input:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"no file {path}")
+    recipe = checkpoint["recipe"]
+    model = build_maskfeat(recipe)
+    model.load_state_dict(checkpoint["model"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    written = draw(model.to(device).eval(), recipe, args.input, args.output, device, args.frames, args.seed)
+    print("wrote " + " and ".join(written))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,166 @@
+"""ViT for images: plain pre-norm transformer over 16x16 patches (Sec. 5; Dosovitskiy et al., ICLR 2021).
+
+Attribute names are timm's. Class token, learned absolute positions, no relative ones, no layer scale; classification
+from the mean of the patch tokens, normalised after pooling (release). Needs only torch.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class DropPath(nn.Module):
+    """Drop a residual branch per sample with probability `p`, scaling the kept ones by 1/(1-p)."""
+
+    def __init__(self, p=0.0):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        if self.p == 0 or not self.training:
+            return x
+        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.p
+        return x * keep / (1 - self.p)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)    # each (B, heads, N, C)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, num_heads, drop_path):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches; `patch_size` pixels a side."""
+
+    def __init__(self, dim, patch_size):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+
+    def forward(self, x):
+        for axis, side in zip("HW", x.shape[-2:]):
+            if side % self.patch_size:
+                low = side - side % self.patch_size
+                raise ValueError(f"image {x.shape[-2]}x{x.shape[-1]} is not divisible by patch {self.patch_size}: "
+                                 f"{axis}={side}, use {low or self.patch_size} or {low + self.patch_size}")
+        return self.proj(x)                                                   # (B, dim, H/p, W/p)
+
+
+class ViT(nn.Module):
+    """Vision transformer (Sec. 5.1). Built by the presets below.
+
+    image_size: int or (H, W), divisible by patch_size; the size that `pos_embed` is made for. Other sizes work at
+        run time: positions are resized bicubically.
+    num_classes: 0 leaves out the final norm and head: the trunk that MaskFeat takes.
+    drop_path: rate at the last block, growing linearly from 0. checkpointing: recompute blocks in the backward pass.
+    """
+
+    def __init__(self, embed_dim, depth, num_heads, num_classes=1000, image_size=224, patch_size=16, drop_path=0.0,
+                 checkpointing=False):
+        super().__init__()
+        H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
+        for axis, side in zip("HW", (H, W)):
+            if side < patch_size or side % patch_size:
+                low = side - side % patch_size
+                raise ValueError(f"image_size={H}x{W} is not divisible by patch_size {patch_size}: {axis}={side}, "
+                                 f"use {low or patch_size} or {low + patch_size}")
+        self.grid = (H // patch_size, W // patch_size)
+        self.patch_stride = (patch_size, patch_size)                          # pixels per token along H, W
+        self.stem_dim = self.embed_dim = embed_dim
+        self.checkpointing = checkpointing
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
+        self.patch_embed = PatchEmbed(embed_dim, patch_size)
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, rate) for rate in rates)
+        if num_classes:
+            self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+            self.head = nn.Linear(embed_dim, num_classes)
+        self.apply(self._init)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    @staticmethod
+    def _init(m):
+        """Release: trunc-normal 0.02 weights; biases of Linear and LayerNorm are 0.02, not 0."""
+        if isinstance(m, (nn.Linear, nn.Conv2d)):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+        if isinstance(m, (nn.Linear, nn.LayerNorm)):
+            nn.init.constant_(m.bias, 0.02)
+
+    def positions(self, grid):
+        """Position table (1, 1 + h*w, D) for a token grid (h, w)."""
+        if tuple(grid) == self.grid:
+            return self.pos_embed
+        table = self.pos_embed[:, 1:].unflatten(1, self.grid).permute(0, 3, 1, 2).float()
+        table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False)
+        return torch.cat([self.pos_embed[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
+
+    def embed(self, x):
+        """(B, 3, H, W) -> patch tokens (B, N, D), without positions, and their grid (h, w). MaskFeat masks here."""
+        x = self.patch_embed(x)
+        return x.flatten(2).transpose(1, 2), tuple(x.shape[2:])
+
+    def encode(self, tokens, grid):
+        """Patch tokens (B, N, D) -> (B, 1 + N, D), the class token first, and the same grid."""
+        x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
+        x = x + self.positions(grid)                                          # masked tokens get theirs, too
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+        return x, grid
+
+    def forward(self, x):
+        """(B, 3, H, W) -> logits (B, num_classes), or pooled features (B, D) with num_classes=0."""
+        x, _ = self.encode(*self.embed(x))
+        x = x[:, 1:].mean(dim=1)                                              # release: mean of patches, then norm
+        return self.head(self.norm(x)) if hasattr(self, "head") else x
+
+
+def vit_tiny(**kw):
+    """128 wide, 6 blocks, 4 heads, 8x8 patches, 1.2 M parameters, made for 64x64 images. Not in the paper."""
+    return ViT(128, 6, 4, **{"patch_size": 8, "image_size": 64, **kw})
+
+
+def vit_b(**kw):
+    """86 M parameters (Sec. 5.1)."""
+    return ViT(768, 12, 12, **kw)
+
+
+def vit_l(**kw):
+    """304 M parameters (Sec. 5.1)."""
+    return ViT(1024, 24, 16, **kw)
+
+
+MODELS = {"vit_tiny": vit_tiny, "vit_b": vit_b, "vit_l": vit_l}
