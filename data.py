@@ -34,7 +34,7 @@ from PIL import Image
 VIDEO = ("mp4", "webm", "mkv", "avi", "mov")
 IMAGE = ("jpg", "jpeg", "png", "bmp", "webp")
 TARGET_FPS = 30      # release: sampling_rate counts frames of a 30 fps video
-CLOCK_SLACK = 1e-3   # s; Matroska rounds a frame's time to a millisecond
+CLOCK_SLACK = 6e-4   # s; Matroska rounds a frame's time to a millisecond, so it is up to half of one late
 MAY_LACK = 0.5       # s by which a video may end before its header says so and still count as whole
 ATTEMPTS = 10        # files tried for one sample before giving up
 
@@ -268,6 +268,7 @@ def read_clip(path, num_frames=16, sampling_rate=4, position=0.5, short_side=256
     Raises UnreadableFile if the file does not decode there.
     Paper: Sec. 4, 16x4. Release: 16 indices in linspace(start, start + 63), a step of 4.2 frames instead of 4.
     """
+    times = None
     for way in ("seek", "start", "count"):  # the quick way first; most files never need another
         try:
             with _open_video(path) as (container, stream):
@@ -280,7 +281,7 @@ def read_clip(path, num_frames=16, sampling_rate=4, position=0.5, short_side=256
                     container.seek(round(start / stream.time_base), stream=stream)  # to a keyframe before
                 frames = _frames_at(path, container, stream, times, first, duration, short_side, way)
         except UnreadableFile:
-            if way != "seek":
+            if way != "seek" or times is None:
                 raise
             continue  # the seek itself may be at fault, so the verdict is left to the next way
         if frames is not None:

@@ -7,7 +7,7 @@ consecutive as in the paper, tube masks need no extra setting, grids of any shap
 
 All return a numpy bool array over the token grid, True = masked, holding both values. The target is
 round(ratio * tokens); block, tube and cube masks never exceed it on the grid they are sampled on, and stop short
-of it when no block fits any more (at ratio 0.4 about 0.3 to 0.4 % of the tokens on average).
+of it when no block fits any more (at ratio 0.4 by 0.2 to 0.3 % of the tokens on average).
 """
 import math
 
@@ -22,7 +22,8 @@ def block_mask(grid, ratio, rng):
     grid: (h, w) tokens, more than one; ratio: share to mask, between 0 and 1; rng: a random.Random.
     Returns (h, w) bool. Raises ValueError for an unusable grid or ratio. Paper: Sec. 5. Release: images.
     """
-    (h, w), target = grid, _target(grid, ratio, 2)
+    target = _target(grid, ratio, 2)
+    h, w = grid
     return _sample((1, h, w), target, target // 5, None, 10, rng)[0]
 
 
@@ -111,7 +112,7 @@ def _sample(window, target, min_area, max_area, attempts, rng):
     elongated = max(h, w) > 2 * min(h, w)
     mask = np.zeros(window, bool)
     missing = target
-    uniform, below = rng.uniform, rng.randrange  # same draws as randint, a third faster
+    uniform, below = rng.uniform, rng.randrange  # same draws as randint, faster
     while missing:
         for _ in range(attempts):
             area = uniform(min_area, missing if max_area is None else max_area)

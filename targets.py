@@ -32,7 +32,7 @@ class HOGTarget(nn.Module):
 
     def forward(self, frames):
         histograms = self.hog(frames.flatten(0, 1))                           # (B*t, C, bins, H/cell, W/cell)
-        return patch_hog(histograms, self.cells).view(frames.shape[0], -1, self.dim)
+        return patch_hog(histograms, self.cells).reshape(frames.shape[0], -1, self.dim)
 
     loss = staticmethod(masked_mse)
 

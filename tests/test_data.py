@@ -71,7 +71,7 @@ def decode_all(path):
 def expected_numbers(path, num_frames, rate, position):
     times, duration = decode_all(path)
     start = times[0] + position * max(duration - num_frames * rate / 30, 0)
-    return [max([k for k, t in enumerate(times) if t <= start + j * rate / 30 + 1e-3], default=0)
+    return [max([k for k, t in enumerate(times) if t <= start + j * rate / 30 + 6e-4], default=0)
             for j in range(num_frames)]
 
 
@@ -179,7 +179,7 @@ def test_unreadable_videos_name_file_and_reason(tmp_path, videos):
 def test_webm_cut_off_is_a_shorter_video(tmp_path, videos):
     whole = Path(videos["vp8.webm"]).read_bytes()
     (tmp_path / "cut.webm").write_bytes(whole[:len(whole) * 2 // 3])  # no length in the header, so nothing is promised
-    for position in (0, 0.5, 1):
+    for position in (0, 0.47, 1):
         numbers = read_numbers(data.read_clip(tmp_path / "cut.webm", 8, 2, position, None))
         assert numbers == expected_numbers(str(tmp_path / "cut.webm"), 8, 2, position) and numbers[-1] < 79
 
@@ -465,7 +465,7 @@ sys.path.insert(0, {os.path.dirname(data.__file__)!r})
 import data
 items = data.PretrainDataset(data.find_samples({str(tmp_path)!r}), (16, 16))
 batches = iter(data.make_loader(items, data.EpochBatches(1, 1, 500), 2))
-next(batches)
+next(batches), next(batches)  # one from each worker: both have started
 for worker in multiprocessing.active_children():
     os.kill(worker.pid, signal.SIGINT)
     os.kill(worker.pid, signal.SIGTERM)
