@@ -11,7 +11,6 @@ import random
 import resource
 import signal
 import sys
-import tempfile
 import time
 
 import numpy as np
@@ -108,16 +107,16 @@ def param_groups(model, weight_decay):
 
 def save_checkpoint(path, checkpoint):
     """torch.save a dict beside `path`, then rename over it: a reader finds the old file or the new, never half."""
-    folder = os.path.dirname(os.path.abspath(path))
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=os.path.basename(path) + ".", suffix=".tmp", delete=False) as f:
-        try:
+    beside = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(beside, "wb") as f:
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
-            os.replace(f.name, path)
-        except BaseException:
-            os.unlink(f.name)
-            raise
+        os.replace(beside, path)
+    finally:
+        if os.path.exists(beside):                                            # disk full, say
+            os.unlink(beside)
 
 
 def read_checkpoint(path):

@@ -1,10 +1,12 @@
 """Histograms of oriented gradients (HOG), the prediction target of MaskFeat.
 
-Paper: Sec. 2.2, ablated in Table 8. Release: the HOG operator of the SlowFast code, reproduced to 1e-6.
-Differences: the release convolves, takes atan2 and scatters every pixel into its own row of bins. Here the
-gradient is taken by shifted differences and a pixel's bin is found by comparing its slope with the bin borders:
-about five times faster on CPU, without an array of per-pixel bins, without atomics (so repeatable on CUDA) and
-float32 under any autocast or TF32 setting. Gray, opponent, central, l1 and none are from the paper only.
+A two-channel convolution gives the gradient of every pixel; pixels vote, by their gradient's size, for one of nine
+orientations in the histogram of their 8x8 cell and colour; each histogram is brought to unit length.
+
+Paper: Sec. 2.2, ablated in Table 8. Release: the HOG operator of the SlowFast code, equalled to 1e-6.
+Differences: the release takes atan2 and scatters every pixel into a row of bins of its own. Here a pixel's bin is found
+by comparing its slope with the borders of the bins: no per-pixel bins in memory, no atomics (repeatable on CUDA), about
+five times as fast on a CPU; float32 under any autocast. Gray, opponent, central, l1 and none are in the paper only.
 """
 import math
 
@@ -22,7 +24,7 @@ class HOG(nn.Module):
     color: "rgb" or "opponent" (3 histograms per cell), "gray" (1, luma). Channels are mixed as they come in.
     gradient: "sobel" (release: difference smoothed across by 1-2-1) or "central" (paper's text: plain difference).
 
-    Has no parameters and no buffers. Raises ValueError for an unknown option.
+    Has no parameters and nothing to save. Raises ValueError for an unknown option.
     Paper: Sec. 2.2, Table 8.
     """
 
@@ -36,6 +38,11 @@ class HOG(nn.Module):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(known)}")
         self.bins, self.cell, self.norm, self.color, self.gradient = bins, cell, norm, color, gradient
+        # Two channels, d/dx and d/dy; not saved, so that a checkpoint holds weights only.
+        difference = torch.tensor([[0.0, 0, 0], [1, 0, -1], [0, 0, 0]])
+        smoothing = torch.tensor([[0.0, 1, 0], [0, 2, 0], [0, 1, 0]])
+        self.register_buffer("difference", torch.stack([difference, difference.T])[:, None], persistent=False)
+        self.register_buffer("smoothing", torch.stack([smoothing, smoothing.T])[:, None], persistent=False)
 
     @torch.no_grad()
     def forward(self, images):
@@ -56,21 +63,21 @@ class HOG(nn.Module):
                 raise ValueError(f"{name}={side} is not divisible by cell {self.cell}: use {sides}")
             if side < 2:
                 raise ValueError(f"{name}={side} is too small to reflect the border: use 2 or more")
-        # Nothing below is on autocast's list for half precision (matmul, conv), so float32 stays float32.
-        gx, gy = self._gradient(self._colors(images.float()))           # (B * C, H, W) each
-        size = torch.hypot(gx, gy)
+        with torch.autocast(images.device.type, enabled=False):
+            gx, gy = self._gradient(images.float())                     # (B * C, H, W) each
+        size = gx.square().addcmul_(gy, gy).sqrt_()
         # The unsigned angle from the vertical, atan2(gx, gy) mod pi, passes k pi / bins just when its cotangent
         # gy / gx falls to cot(k pi / bins) or below. gx = 0 is angle 0, also for gy = 0 (which weighs nothing).
         # A tie goes to the later bin, as in the release. (At 45 degrees, a border only if bins is a multiple of 4,
         # float32 atan2 itself may round to either side.)
         cot = (gy / gx).masked_fill_(gx == 0, math.inf)
         del gx, gy                                                      # keeps the peak low
-        histogram = []
+        histogram, later = [], torch.empty_like(cot)
         for k in range(1, self.bins):
-            # in place, as fresh memory costs more than the arithmetic; le_ writes 1.0 or 0.0
-            later = cot.clone().le_(1 / math.tan(k * math.pi / self.bins)).mul_(size)
+            # in place, as fresh memory costs more than the arithmetic; le writes 1.0 or 0.0
+            torch.le(cot, 1 / math.tan(k * math.pi / self.bins), out=later).mul_(size)
             histogram.append(self._sum_cells(size.sub_(later)))         # exact: each pixel is kept whole or zero
-            size = later
+            size, later = later, size
         histogram.append(self._sum_cells(size))
         histogram = torch.stack(histogram, dim=1)                       # (B * C, bins, H / cell, W / cell)
         if self.norm == "l2":  # written out: F.normalize takes five times as long over this axis on CPU
@@ -79,30 +86,29 @@ class HOG(nn.Module):
             histogram /= histogram.sum(1, keepdim=True).clamp(min=1e-12)
         return histogram.unflatten(0, (B, -1))
 
-    def _colors(self, images):
-        """(B, 3, H, W) -> (B * C, H, W), every colour an image of its own."""
+    def _gradient(self, images):
+        """(B, 3, H, W) float32 -> gx (left minus right) and gy (top minus bottom), each (B * C, H, W)."""
+        C, x = 3, F.pad(images, (1, 1, 1, 1), mode="reflect")
+        if not x.is_cuda:  # three times as fast on a CPU; on CUDA it would bring in cuDNN and so TF32
+            x = x.contiguous(memory_format=torch.channels_last)
+        g = F.conv2d(x, self.difference.float().repeat(C, 1, 1, 1), groups=C)   # (B, C * 2, H, W): two channels a colour
+        if self.gradient == "sobel":
+            # Difference, then 1-2-1 across it: together the release's Sobel filter, but with exact zeros on flat
+            # ground, where the one 3x3 sum leaves rounding noise that the normalisation would blow up to length 1.
+            g = F.conv2d(F.pad(g, (1, 1, 1, 1), mode="reflect"), self.smoothing.float().repeat(C, 1, 1, 1), groups=2 * C)
+        g = self._colors(g.contiguous().unflatten(1, (C, 2)))           # mixing colours and filtering commute
+        return g[:, :, 0].flatten(0, 1), g[:, :, 1].flatten(0, 1)
+
+    def _colors(self, x):
+        """(B, 3, ...) -> (B, C, ...). Sums, not a matmul that TF32 would round."""
         if self.color == "rgb":
-            return images.flatten(0, 1)
-        R, G, B = images.unbind(1)
+            return x
+        R, G, B = x.unbind(1)
         if self.color == "gray":
-            return 0.299 * R + 0.587 * G + 0.114 * B
-        # opponent space of van de Sande et al.; sums, not a matmul that autocast or TF32 would round
+            return (0.299 * R + 0.587 * G + 0.114 * B)[:, None]         # luma, Rec. 601
+        # opponent space of van de Sande et al.
         opponent = (R - G) / math.sqrt(2), (R + G - 2 * B) / math.sqrt(6), (R + G + B) / math.sqrt(3)
-        return torch.stack(opponent, dim=1).flatten(0, 1)
-
-    def _gradient(self, x):
-        """(N, H, W) -> gx (left minus right) and gy (top minus bottom), each (N, H, W).
-
-        Subtracting before smoothing leaves exact zeros on flat ground and, thanks to the reflection, at the border.
-        """
-        x = F.pad(x, (1, 1, 1, 1), mode="reflect")                      # (N, H + 2, W + 2)
-        gx = x[:, :, :-2] - x[:, :, 2:]                                 # (N, H + 2, W)
-        gy = x[:, :-2] - x[:, 2:]                                       # (N, H, W + 2)
-        if self.gradient == "central":
-            return gx[:, 1:-1], gy[:, :, 1:-1]
-        gx = gx[:, :-2].add(gx[:, 1:-1], alpha=2).add_(gx[:, 2:])
-        gy = gy[:, :, :-2].add(gy[:, :, 1:-1], alpha=2).add_(gy[:, :, 2:])
-        return gx, gy                                                   # (N, H, W) each
+        return torch.stack(opponent, dim=1)
 
     def _sum_cells(self, x):
         """(N, H, W) -> (N, H / cell, W / cell). Rows first: on CPU twice as fast as both at once."""
