@@ -1,7 +1,7 @@
 """A small made-up video data set, for trying the code without downloading anything.
 
-Textured shapes move over drifting textured backgrounds under changing light: edges are clean and textures have an
-orientation, so that HOG has something to say; one frame does not tell the motion. Not part of the paper.
+Striped shapes move over a background of striped boxes and discs, under changing light: clean edges at every angle, so
+that HOG has something to say; one frame does not tell the motion. Not part of the paper.
 240 training and 60 validation clips of 12 classes (3 shapes x 4 motions), 128x96, 30 fps, 48 to 64 frames, H.264.
 
     python synthetic.py FOLDER [--seed N]
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 WIDTH, HEIGHT, FPS = 128, 96, 30
+MARGIN = 8                       # pixels that the background may move
 SHAPES = ("circle", "square", "triangle")
 MOTIONS = ("left_right", "up_down", "rotating", "growing")
 CLIPS = {"train": 20, "val": 5}  # per class
@@ -83,12 +84,14 @@ def draw_clip(rng, name):
     shape, motion = name.split("_", 1)
     frames = int(rng.integers(48, 65))
     y, x = np.mgrid[:HEIGHT, :WIDTH].astype(np.float32)
-    background, texture = _random_texture(rng, 10, 24), _random_texture(rng, 5, 9)
+    texture = _random_texture(rng, 7, 12, [0.8, 0.35])
     dark = rng.uniform(0, 1) < 0.5  # the shape stands out against the background, either way
-    back_colors, shape_colors = rng.uniform(20, 120, (2, 3)), rng.uniform(140, 250, (2, 3))
+    back_colors = np.array([rng.uniform(10, 60, 3), rng.uniform(70, 130, 3)])
+    shape_colors = np.array([rng.uniform(140, 180, 3), rng.uniform(200, 250, 3)])
     if dark:
         back_colors, shape_colors = shape_colors, back_colors
-    drift = rng.uniform(-0.3, 0.3, 2)                     # pixels per frame
+    background = _draw_background(rng, back_colors)
+    drift = rng.uniform(-MARGIN / 64, MARGIN / 64, 2)     # pixels per frame
     radius, angle = rng.uniform(15, 23), rng.uniform(0, 2 * np.pi)
     center = np.array([WIDTH, HEIGHT]) / 2 + rng.uniform(-8, 8, 2)
     period, phase = rng.uniform(36, 56), rng.uniform(0, 2 * np.pi)
@@ -105,17 +108,31 @@ def draw_clip(rng, name):
         u = (x - cx) * np.cos(a) + (y - cy) * np.sin(a)   # the shape's own axes: its texture moves with it
         v = (y - cy) * np.cos(a) - (x - cx) * np.sin(a)
         inside = np.clip(0.5 - _distance(shape, u, v, r), 0, 1)[..., None]
-        back = _paint(background, x - drift[0] * t, y - drift[1] * t, back_colors)
+        left, top = (MARGIN + drift * t).round().astype(int)
+        back = background[top:top + HEIGHT, left:left + WIDTH]
         front = _paint(texture, u * radius / r, v * radius / r, shape_colors)
-        light = 1 + 0.25 * np.sin(2 * np.pi * t / light_period + light_phase) * (0.5 + slope)
+        light = 1 + 0.25 * np.sin(2 * np.pi * t / light_period + light_phase) * (0.7 + 0.6 * slope)
         clip[t] = np.clip((back + (front - back) * inside) * light[..., None], 0, 255).round()
     return clip
 
 
-def _random_texture(rng, shortest, longest):
-    """Two waves, the first strong: (direction in radians, wavelength in pixels, phase, weight) each."""
+def _draw_background(rng, colors):
+    """Striped boxes and discs lying on one another: (HEIGHT, WIDTH, 3) plus MARGIN on all sides."""
+    y, x = np.mgrid[:HEIGHT + 2 * MARGIN, :WIDTH + 2 * MARGIN].astype(np.float32)
+    picture = _paint(_random_texture(rng, 10, 16, [0.8]), x, y, colors)
+    for _ in range(16):
+        a, cx, cy = rng.uniform(0, np.pi), rng.uniform(0, x.shape[1]), rng.uniform(0, x.shape[0])
+        u, v = (x - cx) * np.cos(a) + (y - cy) * np.sin(a), (y - cy) * np.cos(a) - (x - cx) * np.sin(a)
+        inside = np.clip(0.5 - _distance(rng.choice(SHAPES[:2]), u, v * rng.uniform(0.5, 1), rng.uniform(14, 30)), 0, 1)
+        stripes = _paint(_random_texture(rng, 10, 16, [0.8]), x, y, colors)
+        picture = picture + (stripes - picture) * inside[..., None]
+    return picture
+
+
+def _random_texture(rng, shortest, longest, weights):
+    """Waves of any direction: (direction in radians, wavelength in pixels, phase, weight) each."""
     return [(rng.uniform(0, np.pi), rng.uniform(shortest, longest), rng.uniform(0, 2 * np.pi), weight)
-            for weight in (0.8, 0.35)]
+            for weight in weights]
 
 
 def _paint(texture, x, y, colors):

@@ -1,0 +1,159 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mvit
+from mvit import MODELS, MViT, attention, relative_table
+
+
+def plain_attention(q, k, v, q_thw, k_thw, rel_pos_t, rel_pos_h, rel_pos_w):
+    """`mvit.attention` as the equations stand: logits and bias materialised, one (Nq x Nk) tensor each."""
+    C = q.shape[-1]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                          # (B, heads, 1 + N, C)
+    logits = (q * C ** -0.5) @ k.transpose(-2, -1)
+    grid = q[:, :, 1:].unflatten(2, q_thw)
+    bias = 0
+    for axis, table in enumerate((rel_pos_t, rel_pos_h, rel_pos_w)):
+        rel = relative_table(table, q_thw[axis], k_thw[axis])
+        letter = "thw"[axis]
+        part = torch.einsum(f"bnthwc,{letter}kc->bnthwk", grid, rel)          # (B, heads, t, h, w, K)
+        shape = [1, 1, 1]
+        shape[axis] = k_thw[axis]
+        bias = bias + part.unflatten(-1, shape).expand(*part.shape[:-1], *k_thw)
+    logits[:, :, 1:, 1:] = logits[:, :, 1:, 1:] + bias.flatten(5).flatten(2, 4)
+    return (logits.softmax(-1) @ v).transpose(1, 2)
+
+
+def slow_relative(table, queries, keys):
+    """Index rule of the release, one pair at a time."""
+    rows = []
+    for i in range(queries):
+        for j in range(keys):
+            q_ratio, k_ratio = max(keys / queries, 1), max(queries / keys, 1)
+            rows.append(table[int(i * q_ratio - j * k_ratio + (keys - 1) * k_ratio)])
+    return torch.stack(rows).view(queries, keys, -1)
+
+
+@pytest.mark.parametrize("queries, keys", [(7, 7), (14, 7), (7, 14), (56, 7), (5, 2), (20, 10), (3, 1)])
+def test_relative_table(queries, keys):
+    table = torch.randn(2 * max(queries, keys) - 1, 4)
+    assert torch.equal(relative_table(table, queries, keys), slow_relative(table, queries, keys))
+    short = torch.randn(9, 4)                                                 # resized to the length that is needed
+    long = F.interpolate(short.T[None], size=len(table), mode="linear", align_corners=False)[0].T
+    torch.testing.assert_close(relative_table(short, queries, keys), slow_relative(long, queries, keys))
+
+
+@pytest.mark.parametrize("q_thw, k_thw, heads", [((4, 6, 6), (4, 3, 3), 2), ((2, 4, 6), (2, 4, 6), 1),
+                                                 ((4, 3, 5), (4, 6, 10), 3), ((1, 7, 7), (1, 1, 1), 1)])
+def test_attention_equals_plain_form(q_thw, k_thw, heads):
+    torch.manual_seed(0)
+    count = lambda thw: 1 + thw[0] * thw[1] * thw[2]
+    inputs = [torch.randn(2, count(thw), heads, 12, dtype=torch.float64) for thw in (q_thw, k_thw, k_thw)]
+    tables = [torch.randn(2 * max(n, m) - 1, 12, dtype=torch.float64) for n, m in zip(q_thw, k_thw)]
+    results = []
+    for form in (attention, plain_attention):
+        leaves = [x.clone().requires_grad_() for x in inputs + tables]
+        out = form(*leaves[:3], q_thw, k_thw, *leaves[3:])
+        out.sin().sum().backward()
+        results.append([out.detach()] + [x.grad for x in leaves])
+    for ours, plain in zip(*results):
+        torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)         # tables are resized in float32
+    assert results[0][0].std() > 0.1
+
+
+def test_attention_builds_no_logits():
+    """No tensor as large as queries x keys, forwards or backwards."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                largest = max(largest, x.numel() if isinstance(x, torch.Tensor) else 0)
+            return out
+
+    thw, C = (8, 14, 14), 8
+    q, k, v = (torch.randn(1, 1569, 1, C, requires_grad=True) for _ in range(3))
+    tables = [torch.randn(2 * n - 1, C, requires_grad=True) for n in thw]
+    with Watch():
+        attention(q, k, v, thw, thw, *tables).sum().backward()
+    assert 1569 * C < largest < 1569 * 1569 / 10
+
+
+def tiny(**kw):
+    return MViT(16, 1, (1, 1, 2, 1), **{"num_classes": 5, "num_frames": 4, "image_size": 64, **kw})
+
+
+@pytest.mark.parametrize("options, shape", [
+    ({}, (4, 64, 64)), ({}, (4, 96, 64)), ({}, (8, 80, 112)), ({"expand": "attn"}, (4, 64, 64)),
+    ({"image_size": (64, 96)}, (4, 64, 96)), ({"output_stride": 16}, (4, 64, 64)), ({"output_stride": 8}, (6, 56, 72))])
+def test_sizes_and_gradients(options, shape):
+    """Other sizes than the built one run; every parameter is trained."""
+    torch.manual_seed(0)
+    model = tiny(**options)
+    x = torch.randn(2, 3, *shape)
+    tokens, grid = model.encode(*model.embed(x))
+    stride = options.get("output_stride", 32)
+    assert grid == (shape[0] // 2, -(-shape[1] // stride), -(-shape[2] // stride))
+    assert tokens.shape == (2, 1 + grid[0] * grid[1] * grid[2], model.embed_dim)
+    model(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    unused = [n for n, p in model.named_parameters() if not p.grad.any()]
+    # a single key along an axis has the same distance term for all, which softmax ignores
+    assert all(".rel_pos_" in n or ".pool_" in n for n in unused), unused
+
+
+def test_single_clip_equals_batch():
+    model = tiny().eval()
+    x = torch.randn(3, 3, 4, 64, 64)
+    torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-4, atol=1e-6)
+
+
+def test_checkpointing_changes_nothing():
+    torch.manual_seed(0)
+    plain, saving = tiny(), tiny(checkpointing=True)
+    saving.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 4, 64, 64)
+    for model in (plain, saving):
+        model.train()(x).square().sum().backward()
+    for (name, p), q in zip(plain.named_parameters(), saving.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
+def test_drop_path():
+    """Kept branches are scaled so that the mean stays; whole samples are dropped, and only in training."""
+    torch.manual_seed(0)
+    drop = mvit.DropPath(0.3)
+    x = torch.ones(4000, 2, 3)
+    y = drop.train()(x)
+    assert sorted(y[:, 0, 0].unique().tolist()) == pytest.approx([0, 1 / 0.7])
+    assert (y == y[:, :1, :1]).all()
+    assert y.mean().item() == pytest.approx(1, abs=0.05)                      # standard error 0.01
+    assert torch.equal(drop.eval()(x), x)
+    assert [round(b.drop_path.p, 3) for b in tiny(drop_path=0.2).blocks] == [0, 0.05, 0.1, 0.15, 0.2]
+
+
+def test_autocast_stays_close():
+    torch.manual_seed(0)
+    model = tiny().eval()
+    x = torch.randn(2, 3, 4, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(x).float()
+    torch.testing.assert_close(half, model(x), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"expand": "both"}, "expand='both'"), ({"output_stride": 4}, "output_stride=4"),
+    ({"num_frames": 5}, "num_frames=5"), ({"image_size": 16}, "16x16")])
+def test_errors(options, words):
+    with pytest.raises(ValueError, match=words):
+        tiny(**options)
+
+
+def test_presets():
+    with torch.device("meta"):
+        for name, count in (("mvit_tiny", None), ("mvitv2_b", 53_130_640)):
+            model = MODELS[name]()
+            assert count is None or sum(p.numel() for p in model.parameters()) == count

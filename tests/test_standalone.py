@@ -1,0 +1,26 @@
+"""The files made to be copied out import and work alone, without Pillow, PyAV or tqdm."""
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+USES = {
+    "hog": "assert hog.HOG()(torch.randn(2, 3, 32, 48)).shape == (2, 3, 9, 4, 6)",
+    "masking": "import random; assert 0 < masking.cube_mask((8, 14, 14), 0.4, random.Random(0)).mean() < 1",
+    "vit": "assert vit.MODELS['vit_tiny'](num_classes=5)(torch.randn(2, 3, 64, 64)).shape == (2, 5)",
+    "mvit": "assert mvit.MODELS['mvit_tiny'](num_classes=5, num_frames=4, image_size=64)"
+            "(torch.randn(1, 3, 4, 64, 64)).shape == (1, 5)",
+    "maskfeat": "assert maskfeat.resize_mask(torch.ones(1, 2, 2) > 0, (4, 4)).all()",
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_leaf_works_alone(name, tmp_path):
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    code = ("import sys\nfor other in ('PIL', 'av', 'tqdm'): sys.modules[other] = None\n"
+            f"import torch, {name}\n{USES[name]}")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
