@@ -415,7 +415,7 @@ class PretrainDataset(torch.utils.data.Dataset):
         rng, chosen, unreadable = sample_rng(self.seed, epoch, index), index, []
         while True:
             try:
-                x = self._read(self.samples.paths[chosen], rng)
+                x = self.load(self.samples.paths[chosen], rng)
                 break
             except UnreadableFile as error:
                 unreadable.append((error.path, error.reason))
@@ -428,8 +428,8 @@ class PretrainDataset(torch.utils.data.Dataset):
             item["mask"] = torch.from_numpy(self.mask(sample_rng(self.seed, epoch, index, "mask")))
         return item
 
-    def _read(self, path, rng):
-        """One augmented file. Draws in this order: clip position, crop, flip."""
+    def load(self, path, rng=None):
+        """One file, augmented if train. Draws in this order: clip position, crop, flip."""
         if self.num_frames:
             position = rng.random() if self.train else 0.5
             frames = read_clip(path, self.num_frames, self.sampling_rate, position, self.short_side)

@@ -209,7 +209,10 @@ def run_main(main):
     except (ValueError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         where = "error" if rank == "0" else f"error (rank {rank})"
-        print(f"{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        message = str(error).strip()
+        if "Original Traceback" in message:                                   # from a loader process: its last line
+            message = message.splitlines()[-1]
+        print(f"{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -136,3 +136,13 @@ def _sample(window, target, min_area, max_area, attempts, rng):
     if missing == target:  # only on tiny grids: never leave everything visible
         mask.flat[below(mask.size)] = True
     return mask
+
+
+MASKS = {"cube": cube_mask, "tube": tube_mask, "frame": frame_mask, "block": block_mask}
+
+
+def draw_mask(kind, grid, ratio, rng, frame_runs=True):
+    """A mask by the name of its kind, see MASKS; frame_runs: frame_mask's `consecutive`."""
+    if kind == "frame":
+        return frame_mask(grid, ratio, rng, consecutive=frame_runs)
+    return MASKS[kind](grid, ratio, rng)

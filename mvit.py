@@ -193,8 +193,9 @@ class MViT(nn.Module):
         H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
         if expand not in ("mlp", "attn"):
             raise ValueError(f'expand={expand!r}: use "mlp" or "attn"')
-        if output_stride not in (8, 16, 32):
-            raise ValueError(f"output_stride={output_stride}: use 32 (fine-tuning), 16 (pre-training) or 8")
+        if output_stride not in [4 * 2 ** i for i in range(len(stages))]:
+            raise ValueError(f"output_stride={output_stride}: use 32 (fine-tuning), 16 (pre-training) or 8, at most "
+                             f"{4 * 2 ** (len(stages) - 1)} with {len(stages)} stages")
         if num_frames < 2 or num_frames % 2:
             raise ValueError(f"num_frames={num_frames} is not a positive multiple of the stem's stride 2")
         if min(H, W) < 32:
@@ -207,7 +208,7 @@ class MViT(nn.Module):
         self.patch_embed = PatchEmbed(embed_dim)
         depth = sum(stages)
         transitions = [sum(stages[:i]) for i in range(1, len(stages))]        # first block of stages 2, 3, 4
-        pooled = transitions[:{32: 3, 16: 2, 8: 1}[output_stride]]            # those that halve the resolution
+        pooled = [start for i, start in enumerate(transitions) if 8 * 2 ** i <= output_stride]   # halve the resolution
         t, h, w = num_frames // 2, H // 4, W // 4                             # floor, as in the release
         dim, kv_stride = embed_dim, 8
         self.blocks = nn.ModuleList()

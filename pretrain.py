@@ -33,7 +33,6 @@ from engine import (Logger, StopSignal, gather_list, init_distributed, lr_at, pa
                     read_checkpoint, reduce_mean, run_main, save_checkpoint, seed_all)
 from targets import TARGETS
 
-MASKS = {"cube": masking.cube_mask, "tube": masking.tube_mask, "frame": masking.frame_mask, "block": masking.block_mask}
 MAX_SKIPPED = 20      # steps with a non-finite gradient in a row; more than any loss scale needs to settle
 MAX_UNREADABLE = 0.1  # share of the files
 
@@ -62,7 +61,7 @@ class Recipe:
     crop_scale: tuple = option((0.5, 1.0), "area range of the random crop")           # Sec. 4.1, 5.1
     flip: float = option(0.5, "probability of a horizontal flip")
     # masking
-    mask: str = option("cube", "masking", tuple(MASKS))                               # Table 6: cube is best
+    mask: str = option("cube", "masking", tuple(masking.MASKS))                       # Table 6: cube is best
     mask_ratio: float = option(0.4, "share of tokens to mask")                        # Table 7
     frame_runs: bool = option(True, "frame masking: runs of frames (paper), or single ones (release)")
     # target
@@ -117,12 +116,6 @@ RECIPES = {
 # What may change when a run is resumed: where and how it runs, not what it computes.
 RUN_FIELDS = {"data", "out", "resume", "device_batch", "amp", "compile", "checkpointing", "workers", "save_minutes",
               "log_every"}
-
-
-def draw_mask(recipe, grid, rng):
-    """One mask for one sample: bool NumPy array on the token grid, True = masked."""
-    extra = {"consecutive": recipe.frame_runs} if recipe.mask == "frame" else {}
-    return MASKS[recipe.mask](grid, recipe.mask_ratio, rng, **extra)
 
 
 def check(recipe, samples):
@@ -181,15 +174,18 @@ def main():
         synthetic.make_dataset(recipe.data)                                   # safe if all ranks do it at once
     samples = data.find_samples(recipe.data, "train")
     check(recipe, samples)
-    if "batch_size" not in given and recipe.batch_size > len(samples.paths) // 16:
-        size = max(2 ** int(math.log2(max(len(samples.paths) // 16, 1))), world)
-        say(f"batch_size {recipe.batch_size} -> {size}: the data set has only {len(samples.paths)} samples")
+    if "batch_size" not in given and recipe.batch_size > len(samples) // 16:
+        size = max(2 ** int(math.log2(max(len(samples) // 16, 1))), world)
+        say(f"batch_size {recipe.batch_size} -> {size}: the data set has only {len(samples)} samples")
         recipe = replace(recipe, batch_size=size)
     if recipe.batch_size % world:
         raise ValueError(f"batch_size={recipe.batch_size} does not divide over {world} processes: use a multiple")
     per_rank = recipe.batch_size // world
     accumulate = next(n for n in range(1, per_rank + 1) if per_rank % n == 0 and per_rank // n <= recipe.device_batch)
-    steps_per_epoch = len(samples.paths) // recipe.batch_size
+    if recipe.batch_size > len(samples):
+        raise ValueError(f"batch_size={recipe.batch_size} is more than the {len(samples)} samples of {recipe.data}: use "
+                         f"{len(samples)} or less")
+    steps_per_epoch = len(samples) // recipe.batch_size
     total_steps = recipe.epochs * steps_per_epoch
 
     # ----------------------------------------------------------------------------------------- model, optimizer, resume
@@ -204,10 +200,11 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     optimizer = torch.optim.AdamW(param_groups(model, recipe.weight_decay), lr=0.0, betas=(0.9, recipe.beta2),
                                   fused=on_gpu)
-    last = os.path.join(recipe.out, "last.pt")
+    last, lines = os.path.join(recipe.out, "last.pt"), os.path.join(recipe.out, "log.jsonl")
     fingerprint, step, skipped = data.fingerprint(samples), 0, 0
-    if os.path.exists(last) and not recipe.resume:
-        raise ValueError(f"{last} exists: go on with --resume, or choose another --out; nothing is written over it")
+    for path in (last, lines):
+        if os.path.exists(path) and not recipe.resume:
+            raise ValueError(f"{path} exists: go on with --resume, or choose another --out; nothing is written over it")
     if recipe.resume and os.path.exists(last):
         checkpoint = read_checkpoint(last)
         refuse_other_run(last, checkpoint, recipe, fingerprint)
@@ -217,7 +214,7 @@ def main():
         step, skipped = checkpoint["step"], checkpoint["skipped"]
         say(f"resumed {last} at step {step}")
     os.makedirs(recipe.out, exist_ok=True)
-    log = Logger(os.path.join(recipe.out, "log.jsonl"), step, rank)
+    log = Logger(lines, step, rank)
     if recipe.compile == "on" or recipe.compile == "auto" and on_gpu:
         model.compile()                                                       # in place: names keep no prefix
     ddp = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) \
@@ -225,15 +222,16 @@ def main():
 
     dataset = data.PretrainDataset(
         samples, recipe.image_size, recipe.num_frames if len(grid) == 3 else None, recipe.sampling_rate,
-        functools.partial(draw_mask, recipe, grid), recipe.seed, recipe.crop_scale, flip=recipe.flip)
-    batches = data.EpochBatches(len(samples.paths), recipe.batch_size, recipe.epochs, recipe.seed, rank, world,
+        lambda rng: masking.draw_mask(recipe.mask, grid, recipe.mask_ratio, rng, recipe.frame_runs), recipe.seed,
+        recipe.crop_scale, flip=recipe.flip)
+    batches = data.EpochBatches(len(samples), recipe.batch_size, recipe.epochs, recipe.seed, rank, world,
                                 per_rank // accumulate, step)
-    workers = recipe.workers if recipe.workers >= 0 else min(16, max((os.cpu_count() or 1) // world, 1))
+    workers = recipe.workers if recipe.workers >= 0 else min(16, max(os.cpu_count() // world, 1)) if on_gpu else 1
     loader = data.make_loader(dataset, batches, workers, pin_memory=on_gpu)
 
     scale = recipe.batch_size / recipe.lr_batch
     say(f"recipe {name}: " + ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(recipe).items()))
-    say(f"{len(samples.paths)} {samples.kind}s, {len(samples.ignored)} other files ignored, {len(samples.missing)} "
+    say(f"{len(samples)} {samples.kind}s, {len(samples.ignored)} other files ignored, {len(samples.missing)} "
         f"listed but missing; {steps_per_epoch} steps per epoch, {recipe.epochs} effective epochs, {total_steps} steps")
     say(f"batch {recipe.batch_size} = {world} processes x {per_rank // accumulate} samples x {accumulate} accumulated; "
         f"peak lr {recipe.lr:g} x {recipe.batch_size}/{recipe.lr_batch} = {recipe.lr * scale:g}; {amp} on {device}; "
@@ -268,7 +266,8 @@ def main():
             step_loss += loss.detach() / accumulate
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
-        if torch.isfinite(grad_norm):      # gradients are averaged over ranks by now, so all ranks decide alike
+        finite = torch.isfinite(grad_norm).item()                             # of the mean over ranks: all decide alike
+        if finite:
             scaler.step(optimizer)
             skipped_in_row, loss_sum, steps_summed = 0, loss_sum + step_loss, steps_summed + 1
         else:
@@ -285,11 +284,11 @@ def main():
             seconds = time.perf_counter() - mark
             speed, wait = (step - logged) * recipe.batch_size / seconds, reduce_mean(waited / seconds, device)
             loss_mean = reduce_mean(loss_sum / max(steps_summed, 1), device) if steps_summed else None
-            report_unreadable(gather_list(list(newly_unreadable.items())), unreadable, len(samples.paths), say)
+            report_unreadable(gather_list(list(newly_unreadable.items())), unreadable, len(samples), say)
             bar.set_postfix_str(f"loss {loss_mean:.4f}, lr {lr:.1e}, {speed:.1f} {samples.kind}s/s, waits {wait:.0%}"
                                 if steps_summed else f"{skipped} steps skipped", refresh=False)
             log(step=step, epoch=step / steps_per_epoch, loss=loss_mean, lr=lr, samples_per_second=speed, data_wait=wait,
-                grad_norm=grad_norm.item() if steps_summed else None, skipped=skipped, unreadable=len(unreadable))
+                grad_norm=grad_norm.item() if finite else None, skipped=skipped, unreadable=len(unreadable))
             loss_sum, steps_summed, waited, newly_unreadable = torch.zeros_like(loss_sum), 0, 0.0, {}
             logged, mark = step, time.perf_counter()
         bar.update()
@@ -311,13 +310,13 @@ def main():
     if rank == 0:
         try:
             shown = data.find_samples(recipe.data, "val")
-        except ValueError:
+        except (ValueError, OSError):
             say(f"{recipe.data} has no validation part: the picture shows training samples")
             shown = samples
-        picture = os.path.join(recipe.out, "prediction.png")
-        paths = shown.paths[::max(len(shown.paths) // 4, 1)][:4]
-        visualize.draw(model.eval(), dataclasses.asdict(recipe), paths, picture, device)
-        say(f"wrote {last} and {picture}")
+        paths = [path for path in shown.paths if path not in unreadable]
+        written = visualize.draw(model.eval(), dataclasses.asdict(recipe), paths[::max(len(paths) // 4, 1)][:4],
+                                 os.path.join(recipe.out, "prediction.png"), device)
+        say(f"wrote {', '.join([last, lines, *written])}")
 
 
 if __name__ == "__main__":

@@ -104,30 +104,34 @@ def draw(model, recipe, paths, output, device="cpu", frames=4, seed=0):
     stride = model.encoder.patch_stride
     size = (recipe["num_frames"], *recipe["image_size"]) if video else recipe["image_size"]
     grid = tuple(n // s for n, s in zip(size, stride))
-    sample = getattr(masking, f"{recipe['mask']}_mask")
     samples = data.Samples("video" if video else "image", list(paths), [-1] * len(paths), [])
     dataset = data.PretrainDataset(samples, recipe["image_size"], recipe["num_frames"] if video else None,
-                                   recipe["sampling_rate"], lambda rng: sample(grid, recipe["mask_ratio"], rng), seed,
-                                   train=False)
+                                   recipe["sampling_rate"], train=False)
     mean, std = (torch.tensor(recipe[key]).view(3, *[1] * len(grid)) for key in ("mean", "std"))
-    columns, names, movie = [], [], []
+    columns, names, movie, titles = [], [], [], []
     for i, path in enumerate(paths):
-        item = dataset[0, i]
-        if item["unreadable"]:
-            raise ValueError(f"cannot read {path}: {item['unreadable'][0][1]}")
-        x = (item["x"].float() / 255 - mean) / std
-        steps = panels(model, recipe, x.to(device), item["mask"].to(device))
+        try:
+            x = (dataset.load(path).float() / 255 - mean) / std
+        except data.UnreadableFile as error:
+            print(f"left out: {error}")
+            continue
+        mask = masking.draw_mask(recipe["mask"], grid, recipe["mask_ratio"], data.sample_rng(seed, 0, i),
+                                 recipe.get("frame_runs", True))
+        steps = panels(model, recipe, x.to(device), torch.from_numpy(mask).to(device))
         movie.append(steps)
+        titles.append(os.path.basename(path)[:28])
         shown = range(len(steps)) if len(steps) <= frames else \
             [round(j * (len(steps) - 1) / max(frames - 1, 1)) for j in range(frames)]
         for j in shown:
             columns.append(steps[j])
-            names.append(os.path.basename(path)[:28] if j == shown[0] else f"frame {j * stride[0]}" if video else "")
+            names.append(titles[-1] if j == shown[0] else f"frame {j * stride[0]}" if video else "")
+    if not columns:
+        raise ValueError(f"none of {len(paths)} files can be read: no picture")
     sheet(columns, names).save(output)
     if not video:
         return [output]
     gif = os.path.splitext(output)[0] + ".gif"
-    still = [sheet([steps[min(t, len(steps) - 1)] for steps in movie], [os.path.basename(p)[:28] for p in paths])
+    still = [sheet([steps[min(t, len(steps) - 1)] for steps in movie], titles)
              for t in range(max(map(len, movie)))]
     still[0].save(gif, save_all=True, append_images=still[1:], duration=250, loop=0)
     return [output, gif]

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hog import HOG, draw_hog, patch_hog, unpatch_hog  # noqa: E402
+from plain import plain_hog  # noqa: E402
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "hog_image.npz")
 
@@ -52,16 +53,6 @@ def loop_hog(images, bins, cell, norm, color, gradient):
         out /= np.maximum(np.linalg.norm(out, ord=int(norm[1]), axis=2, keepdims=True), 1e-12)
     return torch.from_numpy(out)
 
-
-def plain_hog(images, bins=9, cell=8):
-    """Sobel by convolution, atan2, and every pixel scattered into its own row of bins: the form HOG replaces."""
-    B, C, H, W = images.shape
-    kernel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]])
-    padded = F.pad(images.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="reflect")
-    gx, gy = F.conv2d(padded, torch.stack([kernel, kernel.T])[:, None]).unbind(1)
-    index = (torch.atan2(gx, gy) / math.pi * bins).floor().long()[:, None] % bins
-    votes = torch.zeros(B * C, bins, H, W).scatter_add_(1, index, torch.hypot(gx, gy)[:, None])
-    return F.normalize(votes.unfold(2, cell, cell).unfold(3, cell, cell).sum((-2, -1)), dim=1).unflatten(0, (B, C))
 
 
 # --- reference ---------------------------------------------------------------------------------------------------

@@ -4,24 +4,7 @@ import torch.nn.functional as F
 
 import mvit
 from mvit import MODELS, MViT, attention, relative_table
-
-
-def plain_attention(q, k, v, q_thw, k_thw, rel_pos_t, rel_pos_h, rel_pos_w):
-    """`mvit.attention` as the equations stand: logits and bias materialised, one (Nq x Nk) tensor each."""
-    C = q.shape[-1]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                          # (B, heads, 1 + N, C)
-    logits = (q * C ** -0.5) @ k.transpose(-2, -1)
-    grid = q[:, :, 1:].unflatten(2, q_thw)
-    bias = 0
-    for axis, table in enumerate((rel_pos_t, rel_pos_h, rel_pos_w)):
-        rel = relative_table(table, q_thw[axis], k_thw[axis])
-        letter = "thw"[axis]
-        part = torch.einsum(f"bnthwc,{letter}kc->bnthwk", grid, rel)          # (B, heads, t, h, w, K)
-        shape = [1, 1, 1]
-        shape[axis] = k_thw[axis]
-        bias = bias + part.unflatten(-1, shape).expand(*part.shape[:-1], *k_thw)
-    logits[:, :, 1:, 1:] = logits[:, :, 1:, 1:] + bias.flatten(5).flatten(2, 4)
-    return (logits.softmax(-1) @ v).transpose(1, 2)
+from plain import plain_attention, plain_pool
 
 
 def slow_relative(table, queries, keys):
@@ -59,6 +42,17 @@ def test_attention_equals_plain_form(q_thw, k_thw, heads):
     for ours, plain in zip(*results):
         torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)         # tables are resized in float32
     assert results[0][0].std() > 0.1
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_pooling_equals_plain_form(stride):
+    torch.manual_seed(0)
+    layer = mvit.MultiScaleAttention(24, 24, 3, (3, 7, 11), 1, stride)
+    x = torch.randn(2, 1 + 2 * 4 * 6, 24)
+    ours, thw = layer.pool(x, layer.pool_k, layer.norm_k, (2, 4, 6))
+    plain, plain_thw = plain_pool(layer, x, layer.pool_k, layer.norm_k, (2, 4, 6))
+    assert thw == plain_thw == (2, -(-4 // stride), -(-6 // stride))
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_attention_builds_no_logits():

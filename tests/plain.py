@@ -1,0 +1,47 @@
+"""The slow, obvious forms of what hog.py and mvit.py compute: references for the tests, opponents for bench.py."""
+import math
+
+import torch
+import torch.nn.functional as F
+
+from mvit import relative_table
+
+
+def plain_attention(q, k, v, q_thw, k_thw, rel_pos_t, rel_pos_h, rel_pos_w):
+    """`mvit.attention` as the equations stand: logits and bias materialised, one (Nq x Nk) tensor each."""
+    C = q.shape[-1]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                          # (B, heads, 1 + N, C)
+    logits = (q * C ** -0.5) @ k.transpose(-2, -1)
+    grid = q[:, :, 1:].unflatten(2, q_thw)
+    bias = 0
+    for axis, table in enumerate((rel_pos_t, rel_pos_h, rel_pos_w)):
+        rel = relative_table(table, q_thw[axis], k_thw[axis]).to(q.dtype)
+        part = torch.einsum(f"bnthwc,{'thw'[axis]}kc->bnthwk", grid, rel)     # (B, heads, t, h, w, K)
+        shape = [1, 1, 1]
+        shape[axis] = k_thw[axis]
+        bias = bias + part.unflatten(-1, shape).expand(*part.shape[:-1], *k_thw)
+    logits[:, :, 1:, 1:] = logits[:, :, 1:, 1:] + bias.flatten(5).flatten(2, 4)
+    return (logits.softmax(-1) @ v).transpose(1, 2)
+
+
+def plain_pool(self, x, conv, norm, thw):
+    """`MultiScaleAttention.pool` with heads as samples of a batch and channels before space."""
+    B, N, D = x.shape
+    x = x.view(B, N, self.num_heads, -1).transpose(1, 2)                      # (B, heads, 1 + N, C)
+    patches = x[:, :, 1:].unflatten(2, thw).flatten(0, 1).permute(0, 4, 1, 2, 3).contiguous()
+    patches = conv(patches)                                                   # (B * heads, C, t', h', w')
+    tokens = patches.flatten(2).transpose(1, 2).unflatten(0, (B, self.num_heads))
+    return norm(torch.cat([x[:, :, :1], tokens], dim=2)).transpose(1, 2), tuple(patches.shape[2:])
+
+
+def plain_hog(images, bins=9, cell=8):
+    """atan2, then every pixel's magnitude scattered into a row of bins of its own, then summed over cells."""
+    B, C = images.shape[:2]
+    sobel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]])
+    padded = F.pad(images.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="reflect")
+    gx, gy = F.conv2d(padded, torch.stack([sobel, sobel.T])[:, None]).unbind(1)
+    bin = (torch.atan2(gx, gy) / math.pi * bins).floor().long() % bins
+    votes = torch.zeros(B * C, bins, *images.shape[2:])
+    votes.scatter_add_(1, bin[:, None], (gx.square() + gy.square()).sqrt()[:, None])
+    histogram = votes.unfold(2, cell, cell).unfold(3, cell, cell).sum((-2, -1))
+    return F.normalize(histogram, dim=1).unflatten(0, (B, C))
