@@ -185,10 +185,11 @@ class MViT(nn.Module):
     image_size: int or (H, W), multiples of 32 or any the stem accepts; sets the lengths of the position tables only.
         Another size, or another number of frames, at run time works: tables are resized on the fly.
     checkpointing: recompute each block in the backward pass.
+    kv_stride: pooling of keys and values in the first stage; halved wherever queries are pooled.
     """
 
     def __init__(self, embed_dim, num_heads, stages, num_classes=400, num_frames=16, image_size=224, output_stride=32,
-                 expand="mlp", drop_path=0.0, checkpointing=False):
+                 expand="mlp", drop_path=0.0, checkpointing=False, kv_stride=8):
         super().__init__()
         H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
         if expand not in ("mlp", "attn"):
@@ -210,7 +211,7 @@ class MViT(nn.Module):
         transitions = [sum(stages[:i]) for i in range(1, len(stages))]        # first block of stages 2, 3, 4
         pooled = [start for i, start in enumerate(transitions) if 8 * 2 ** i <= output_stride]   # halve the resolution
         t, h, w = num_frames // 2, H // 4, W // 4                             # floor, as in the release
-        dim, kv_stride = embed_dim, 8
+        dim = embed_dim
         self.blocks = nn.ModuleList()
         for i in range(depth):
             stage = sum(i >= start for start in transitions)
@@ -265,8 +266,9 @@ class MViT(nn.Module):
 
 
 def mvit_tiny(**kw):
-    """32 wide, stages 1/1/3/1, 1.6 M parameters, for small clips on a CPU. Not in the paper."""
-    return MViT(32, 1, (1, 1, 3, 1), **kw)
+    """Stages 1/2 of width 64/128, 2/4 heads, 0.5 M parameters, output stride 8: for small clips on a CPU, not in the paper.
+    Wide and shallow, as on few clips the step from pixels to orientations takes width, and depth only delays it."""
+    return MViT(64, 2, (1, 2), **{"output_stride": 8, "kv_stride": 4, **kw})
 
 
 def mvitv2_s(**kw):
