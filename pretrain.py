@@ -94,7 +94,7 @@ class Recipe:
     checkpointing: bool = option(False, "recompute activations: less memory, a third more time")
     workers: int = option(-1, "loader processes per GPU; -1: by the number of CPU cores")
     save_minutes: float = option(15.0, "minutes between checkpoints; there is one per epoch as well")
-    log_every: int = option(10, "steps between lines of the log")
+    log_every: int = option(10, "steps between lines of the log, after the first ten")
 
 
 KINETICS = Recipe()
@@ -280,7 +280,7 @@ def main():
                              f"use --amp fp32; {last} is as it was before them")
 
         # ------------------------------------------------------------------------------------------- log, stop, save
-        if step % recipe.log_every == 0 or step % steps_per_epoch == 0:
+        if step % recipe.log_every == 0 or step % steps_per_epoch == 0 or step <= 10:
             seconds = time.perf_counter() - mark
             speed, wait = (step - logged) * recipe.batch_size / seconds, reduce_mean(waited / seconds, device)
             loss_mean = reduce_mean(loss_sum / max(steps_summed, 1), device) if steps_summed else None

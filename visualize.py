@@ -20,7 +20,7 @@ from engine import read_checkpoint, run_main
 from hog import draw_hog, unpatch_hog
 
 ROWS = ("masked input", "prediction", "target", "original")
-ZOOM, GAP, MARGIN = 2, 4, 96          # screen pixels per input pixel; between pictures; for the names of the rows
+GAP, MARGIN = 4, 96                   # pixels between pictures, and for the names of the rows
 
 
 def to_image(pixels, recipe):
@@ -29,22 +29,22 @@ def to_image(pixels, recipe):
     return (pixels.cpu() * std + mean).mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
 
-def enlarge(array):
-    """uint8 (H, W, 3) at ZOOM times its size."""
-    return array.repeat(ZOOM, axis=0).repeat(ZOOM, axis=1)
+def enlarge(array, zoom):
+    """(H, W, ...) with every element repeated along both sides."""
+    return array.repeat(zoom, axis=0).repeat(zoom, axis=1)
 
 
-def draw_vectors(vectors, frame, grid, recipe, patch, scale):
-    """Feature vectors (h*w, dim) of one frame as uint8 (ZOOM*H, ZOOM*W, 3): HOG glyphs or pixels."""
+def draw_vectors(vectors, frame, grid, recipe, patch, scale, zoom):
+    """Feature vectors (h*w, dim) of one frame as uint8 (zoom*H, zoom*W, 3): HOG glyphs or pixels."""
     if recipe["target"] == "hog":
         histograms = unpatch_hog(vectors[None], grid, patch // recipe["cell"], recipe["bins"])[0]
-        picture = draw_hog(histograms, glyph=ZOOM * recipe["cell"], scale=scale)
+        picture = draw_hog(histograms, glyph=zoom * recipe["cell"], scale=scale)
         return np.asarray(picture)[..., None].repeat(3, axis=2)
     pixels = vectors.float().view(*grid, 3, patch, patch)
     if recipe["pixel_norm"] == "patch":                                       # give back each patch's mean and spread
         own = frame.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).permute(1, 3, 0, 2, 4).flatten(2)
         pixels = pixels * (own.var(-1) + 1e-6).sqrt()[..., None, None, None] + own.mean(-1)[..., None, None, None]
-    return enlarge(to_image(pixels.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2), recipe))
+    return enlarge(to_image(pixels.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2), recipe), zoom)
 
 
 @torch.no_grad()
@@ -52,8 +52,9 @@ def panels(model, recipe, x, mask):
     """The four pictures of every frame the model predicts of one sample.
 
     x: (3, T, H, W) or (3, H, W) normalised; mask: bool, (t, h, w) or (h, w). Returns a list over token times of lists
-    of uint8 (ZOOM*H, ZOOM*W, 3) in the order of ROWS.
+    of uint8 (zoom*H, zoom*W, 3) in the order of ROWS.
     """
+    zoom = max(2, round(200 / x.shape[-2]))                                   # screen pixels per input pixel
     _, prediction = model(x[None], mask[None])
     goal = model.goal(x[None])
     patch, stride = model.encoder.patch_stride[-1], model.encoder.patch_stride[0]
@@ -63,13 +64,13 @@ def panels(model, recipe, x, mask):
     prediction, goal = (v[0].float().cpu().view(len(frames), grid[0] * grid[1], -1) for v in (prediction, goal))
     result = []
     for frame, hidden, predicted, wanted in zip(frames.cpu(), mask, prediction, goal):
-        original = enlarge(to_image(frame, recipe))
-        big = hidden.numpy().repeat(ZOOM * patch, 0).repeat(ZOOM * patch, 1)[..., None]
+        original = enlarge(to_image(frame, recipe), zoom)
+        big = enlarge(hidden.numpy(), zoom * patch)[..., None]
         scale = None
         if recipe["target"] == "hog":                                         # one brightness for both rows
             scale = float(unpatch_hog(wanted[None], grid, patch // recipe["cell"], recipe["bins"]).sum(1).max())
-        target = draw_vectors(wanted, frame, grid, recipe, patch, scale)
-        guess = draw_vectors(predicted, frame, grid, recipe, patch, scale)
+        target = draw_vectors(wanted, frame, grid, recipe, patch, scale, zoom)
+        guess = draw_vectors(predicted, frame, grid, recipe, patch, scale, zoom)
         dimmed = (target * np.array([0.25, 0.35, 0.6])).astype(np.uint8)
         result.append([np.where(big, np.uint8(110), original), np.where(big, guess, dimmed), target, original])
     return result

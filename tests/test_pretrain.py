@@ -76,7 +76,7 @@ def test_run(finished):
     assert [d["step"] for d in lines] == list(range(1, 10))
     assert all(0 < d["loss"] < 1 and d["skipped"] == d["unreadable"] == 0 for d in lines)
     assert lines[-1]["loss"] < lines[0]["loss"]
-    assert lines[0]["lr"] == pytest.approx(1e-6 * read_checkpoint(out / "last.pt")["recipe"]["batch_size"]
+    assert lines[0]["lr"] == pytest.approx(1e-5 * read_checkpoint(out / "last.pt")["recipe"]["batch_size"]
                                            / read_checkpoint(out / "last.pt")["recipe"]["lr_batch"])
     for words in ("12 videos", "3 steps per epoch, 3 effective epochs, 9 steps", "batch 4 = 1 processes x 4 samples",
                   "peak memory", "prediction.png"):
