@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 import mvit
-import targets
 from convert import build_maskfeat
 from engine import peak_memory
 from hog import HOG
@@ -23,12 +22,12 @@ from hog import HOG
 sys.path.append(str(Path(__file__).parent / "tests"))
 from plain import plain_attention, plain_hog, plain_pool  # noqa: E402
 
-OURS = mvit.attention, mvit.MultiScaleAttention.pool, targets.HOG.forward
+OURS = mvit.attention, mvit.MultiScaleAttention.pool, HOG.forward
 PLAIN = plain_attention, plain_pool, lambda self, images: plain_hog(images)
 
 
 def use(forms):
-    mvit.attention, mvit.MultiScaleAttention.pool, targets.HOG.forward = forms
+    mvit.attention, mvit.MultiScaleAttention.pool, HOG.forward = forms
 
 
 def make_step(model, device):
@@ -51,11 +50,11 @@ def make_step(model, device):
     return step
 
 
-def alternate(ours, plain, rounds):
-    """Seconds of each, median over rounds after one for warm-up."""
+def alternate(function, rounds):
+    """Seconds of `function` in our and in the plain forms, median over rounds after one for warm-up."""
     times = ([], [])
     for _ in range(rounds + 1):
-        for function, forms, kept in ((ours, OURS, times[0]), (plain, PLAIN, times[1])):
+        for forms, kept in ((OURS, times[0]), (PLAIN, times[1])):
             use(forms)
             start = time.perf_counter()
             function()
@@ -91,8 +90,8 @@ def main():
     images, hog = torch.randn(16, 3, 224, 224), HOG()
     step = make_step(args.model, device)
     for label, unit, (ours, plain) in (
-            ("HOG, 16 images of 224x224, CPU", "s", alternate(lambda: hog(images), lambda: hog(images), 4 * args.rounds)),
-            (f"{args.model} step, time", "s", alternate(step, step, args.rounds)),
+            ("HOG, 16 images of 224x224, CPU", "s", alternate(lambda: hog(images), 4 * args.rounds)),
+            (f"{args.model} step, time", "s", alternate(step, args.rounds)),
             (f"{args.model} step, peak memory", "GiB", [memory_of_a_step(args.model, f) for f in ("ours", "plain")])):
         print(f"{label:34}{ours:10.3f}{plain:10.3f}{ours / plain:8.2f}  {unit}")
 

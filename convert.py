@@ -180,6 +180,7 @@ def main():
     recipe = released_recipe(state)
     model = build_maskfeat(recipe)
     load_weights(model, args.source)
+    os.makedirs(os.path.dirname(args.destination) or ".", exist_ok=True)
     save_checkpoint(args.destination, {"model": model.state_dict(), "recipe": recipe})
     print(f"wrote {args.destination}: {recipe['model']}")
 

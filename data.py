@@ -203,7 +203,7 @@ def _read_kinetics_table(root, tables, split):
         files[os.path.splitext(os.path.basename(path))[0]] = path
     paths, labels, missing = [], [], []
     for row in rows:
-        start, end = float(row["time_start"] or 0), float(row["time_end"] or 0)
+        start, end = float(row["time_start"] or 0), float(row.get("time_end") or 0)
         name = f"{row['youtube_id']}_{start:06.0f}_{end:06.0f}"
         path = files.get(name) or files.get(row["youtube_id"])
         if path:
@@ -226,6 +226,8 @@ def _open_video(path):
             stream = container.streams.best("video")  # not a cover picture
             if stream is None:
                 raise UnreadableFile(path, "it has no video stream")
+            if stream.codec_context is None:
+                raise UnreadableFile(path, "no decoder for its codec")
             stream.codec_context.thread_count = 1
             yield container, stream
     except (av.FFmpegError, OSError) as error:

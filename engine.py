@@ -107,7 +107,7 @@ def param_groups(model, weight_decay):
 
 def save_checkpoint(path, checkpoint):
     """torch.save a dict beside `path`, then rename over it: a reader finds the old file or the new, never half."""
-    beside = f"{path}.{os.getpid()}.tmp"
+    beside = path + ".tmp"                                                    # what a kill leaves, the next save replaces
     try:
         with open(beside, "wb") as f:
             torch.save(checkpoint, f)
@@ -163,8 +163,10 @@ def peak_memory(device):
     """Most memory used so far, in GiB: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20                   # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    if os.path.exists("/proc/self/status"):                                   # Linux; ru_maxrss would count the parent's
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 30       # macOS: bytes
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -215,4 +217,5 @@ def run_main(main):
         print(f"{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
         sys.exit(2)
     if dist.is_initialized():
+        dist.barrier()                                                        # a rank that left early can make gloo abort
         dist.destroy_process_group()

@@ -7,7 +7,7 @@
         --data k400/ --model mvitv2_s
     torchrun --nproc_per_node=8 pretrain.py --data imagenet/ --model vit_b
 
-Writes OUT/last.pt (weights, optimizer, step, recipe), OUT/log.jsonl and OUT/prediction.png. Stopped or killed, it goes
+Writes OUT/last.pt (weights, optimizer, step, recipe), OUT/log.jsonl, OUT/loss.png and OUT/prediction.png. Stopped or killed, it goes
 on from OUT/last.pt with --resume.
 """
 import dataclasses
@@ -89,10 +89,10 @@ class Recipe:
     out: str = option("out/pretrain", "folder for checkpoint, log and picture")
     resume: bool = option(False, "go on from OUT/last.pt if there is one")
     device_batch: int = option(8, "most samples per GPU and forward pass; the rest is accumulated")
-    amp: str = option("auto", "auto: bf16 on GPU, fp32 on CPU", ("auto", "fp32", "bf16", "fp16"))
+    amp: str = option("auto", "auto: bf16 on GPU (fp16 before Ampere), fp32 on CPU", ("auto", "fp32", "bf16", "fp16"))
     compile: str = option("auto", "torch.compile; auto: on GPU", ("auto", "on", "off"))
     checkpointing: bool = option(False, "recompute activations: less memory, a third more time")
-    workers: int = option(-1, "loader processes per GPU; -1: by the number of CPU cores")
+    workers: int = option(-1, "loader processes per GPU; -1: by the number of CPU cores, 1 without GPU")
     save_minutes: float = option(15.0, "minutes between checkpoints; there is one per epoch as well")
     log_every: int = option(10, "steps between lines of the log, after the first ten")
 
@@ -113,7 +113,8 @@ RECIPES = {
     "vit_tiny": replace(IMAGENET, model="vit_tiny", image_size=(64, 64), patch_size=8, epochs=50, batch_size=256,
                         lr=5e-4, warmup_epochs=5, clip_grad=1.0),                     # ours: 64x64 images on a CPU
 }
-# What may change when a run is resumed: where and how it runs, not what it computes.
+# What may change when a run is resumed: where and how it runs. (device_batch and amp do change rounding, and how much a
+# sample with few masked tokens counts in the mean.)
 RUN_FIELDS = {"data", "out", "resume", "device_batch", "amp", "compile", "checkpointing", "workers", "save_minutes",
               "log_every"}
 
@@ -127,7 +128,8 @@ def check(recipe, samples):
     if video == (recipe.mask == "block"):
         raise ValueError(f"mask={recipe.mask} does not suit {recipe.model}: use --mask "
                          f"{'cube, tube or frame' if video else 'block'}")
-    for name in ("epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every", "clip_grad", "sampling_rate"):
+    for name in ("epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every", "clip_grad", "sampling_rate",
+                 "output_stride", "patch_size", "cell", "bins"):
         if not getattr(recipe, name) > 0:
             raise ValueError(f"{name}={getattr(recipe, name)} is not positive")
     if not 0 < recipe.mask_ratio < 1:
@@ -175,7 +177,7 @@ def main():
     samples = data.find_samples(recipe.data, "train")
     check(recipe, samples)
     if "batch_size" not in given and recipe.batch_size > len(samples) // 16:
-        size = max(2 ** int(math.log2(max(len(samples) // 16, 1))), world)
+        size = max(2 ** int(math.log2(max(len(samples) // 16, 1))) // world, 1) * world
         say(f"batch_size {recipe.batch_size} -> {size}: the data set has only {len(samples)} samples")
         recipe = replace(recipe, batch_size=size)
     if recipe.batch_size % world:
@@ -194,7 +196,10 @@ def main():
     grid = tuple(n // s for n, s in zip((recipe.num_frames, *recipe.image_size)[-len(model.encoder.patch_stride):],
                                         model.encoder.patch_stride))
     on_gpu = device.type == "cuda"
-    amp = recipe.amp if recipe.amp != "auto" else "bf16" if on_gpu else "fp32"
+    amp = recipe.amp
+    if amp == "auto":
+        fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        amp = "bf16" if fast else "fp16" if on_gpu else "fp32"
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.float16 if amp == "fp16" else torch.bfloat16,
                                  enabled=amp != "fp32")
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
@@ -213,11 +218,13 @@ def main():
         scaler.load_state_dict(checkpoint["scaler"])
         step, skipped = checkpoint["step"], checkpoint["skipped"]
         say(f"resumed {last} at step {step}")
+    if len(set(gather_list([step]))) > 1:
+        raise ValueError(f"not all nodes see the same {last}: put --out on a file system that they share")
     os.makedirs(recipe.out, exist_ok=True)
     log = Logger(lines, step, rank)
     if recipe.compile == "on" or recipe.compile == "auto" and on_gpu:
         model.compile()                                                       # in place: names keep no prefix
-    ddp = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) \
+    ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) \
         if world > 1 else model
 
     dataset = data.PretrainDataset(
@@ -226,7 +233,9 @@ def main():
         recipe.crop_scale, flip=recipe.flip)
     batches = data.EpochBatches(len(samples), recipe.batch_size, recipe.epochs, recipe.seed, rank, world,
                                 per_rank // accumulate, step)
-    workers = recipe.workers if recipe.workers >= 0 else min(16, max(os.cpu_count() // world, 1)) if on_gpu else 1
+    workers = recipe.workers
+    if workers < 0:                                                           # a CPU is busy enough with the model
+        workers = min(16, max(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)) if on_gpu else 1
     loader = data.make_loader(dataset, batches, workers, pin_memory=on_gpu)
 
     scale = recipe.batch_size / recipe.lr_batch
@@ -238,13 +247,21 @@ def main():
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
         f"{model.target.dim} numbers to predict per token of grid {'x'.join(map(str, grid))}")
 
+    def save():
+        nonlocal saved_step
+        saved_step = step
+        if rank == 0:
+            save_checkpoint(last, {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                "step": step, "skipped": skipped, "recipe": dataclasses.asdict(recipe), "data": fingerprint})
+
     # ------------------------------------------------------------------------------------------------------------ loop
     mean, std = (torch.tensor(v, device=device).view(3, *[1] * len(grid)) for v in (recipe.mean, recipe.std))
     model.train()
     loss_sum, steps_summed, skipped_in_row = torch.zeros((), device=device), 0, 0
-    logged, unreadable, newly_unreadable = step, {}, {}
+    logged, saved_step, unreadable, newly_unreadable = step, step, {}, {}
     bar = tqdm(total=total_steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True, smoothing=0.1)
-    iterator, waited, mark, saved, stopped = iter(loader), 0.0, time.perf_counter(), time.monotonic(), ""
+    iterator, waited, mark, saved, stopped, due = iter(loader), 0.0, time.perf_counter(), time.monotonic(), "", False
     while step < total_steps and not stopped:
         seed_all(recipe.seed, step, rank)                                     # drop path draws by step: exact resume
         lr = scale * lr_at(step / steps_per_epoch, recipe.lr, recipe.epochs, recipe.warmup_epochs, recipe.warmup_lr,
@@ -253,6 +270,9 @@ def main():
             group["lr"] = lr
         step_loss = torch.zeros((), device=device)
         for micro in range(accumulate):
+            stopped = stop.agreed()
+            if stopped:                                                       # half a step is dropped, it can be long
+                break
             start = time.perf_counter()
             batch = next(iterator)
             waited += time.perf_counter() - start
@@ -264,6 +284,8 @@ def main():
                     loss, _ = ddp(x, mask)
                 scaler.scale(loss / accumulate).backward()
             step_loss += loss.detach() / accumulate
+        if stopped:
+            break
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
         finite = torch.isfinite(grad_norm).item()                             # of the mean over ranks: all decide alike
@@ -283,7 +305,7 @@ def main():
         if step % recipe.log_every == 0 or step % steps_per_epoch == 0 or step <= 10:
             seconds = time.perf_counter() - mark
             speed, wait = (step - logged) * recipe.batch_size / seconds, reduce_mean(waited / seconds, device)
-            loss_mean = reduce_mean(loss_sum / max(steps_summed, 1), device) if steps_summed else None
+            loss_mean = reduce_mean(loss_sum / steps_summed, device) if steps_summed else None
             report_unreadable(gather_list(list(newly_unreadable.items())), unreadable, len(samples), say)
             bar.set_postfix_str(f"loss {loss_mean:.4f}, lr {lr:.1e}, {speed:.1f} {samples.kind}s/s, waits {wait:.0%}"
                                 if steps_summed else f"{skipped} steps skipped", refresh=False)
@@ -292,16 +314,15 @@ def main():
             loss_sum, steps_summed, waited, newly_unreadable = torch.zeros_like(loss_sum), 0, 0.0, {}
             logged, mark = step, time.perf_counter()
         bar.update()
-        stopped = stop.agreed()
-        due = step % steps_per_epoch == 0 or time.monotonic() - saved > 60 * recipe.save_minutes
-        if rank == 0 and (due or stopped) and not skipped_in_row:
-            save_checkpoint(last, {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "step": step, "skipped": skipped, "recipe": dataclasses.asdict(recipe), "data": fingerprint})
-            saved = time.monotonic()
+        due = due or step % steps_per_epoch == 0 or time.monotonic() - saved > 60 * recipe.save_minutes
+        if due and not skipped_in_row:                                        # weights about to blow up are not saved
+            save()
+            saved, due = time.monotonic(), False
     bar.close()
     if stopped:
-        say(f"stopped by {stopped} after step {step} of {total_steps}; {last} holds it, go on with --resume")
+        if not skipped_in_row:
+            save()
+        say(f"stopped by {stopped} after step {step} of {total_steps}; {last} holds step {saved_step}, go on with --resume")
         sys.exit(128 + signal.Signals[stopped])
 
     # ------------------------------------------------------------------------------------------------------------- end
@@ -314,9 +335,14 @@ def main():
             say(f"{recipe.data} has no validation part: the picture shows training samples")
             shown = samples
         paths = [path for path in shown.paths if path not in unreadable]
-        written = visualize.draw(model.eval(), dataclasses.asdict(recipe), paths[::max(len(paths) // 4, 1)][:4],
-                                 os.path.join(recipe.out, "prediction.png"), device)
-        say(f"wrote {', '.join([last, lines, *written])}")
+        written = [last, lines]
+        try:
+            written += visualize.draw(model.eval(), dataclasses.asdict(recipe), paths[::max(len(paths) // 4, 1)][:4],
+                                      os.path.join(recipe.out, "prediction.png"), device)
+            written += visualize.draw_loss(lines, os.path.join(recipe.out, "loss.png"))
+        except (ValueError, OSError) as error:                                # the training is done all the same
+            say(f"no picture: {error}")
+        say(f"wrote {', '.join(written)}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def make_dataset(folder, seed=0):
             command = [sys.executable, __file__, making, "--seed", str(seed), "--part", str(part), str(parts)]
             children.append(subprocess.Popen(command))
         if any([child.wait() for child in children]):
-            raise RuntimeError(f"making the synthetic videos for {folder} failed; the reason is printed above")
+            raise OSError(f"making the synthetic videos for {folder} failed; the reason is printed above")
         Path(making, MARK).write_text(mark)
         os.chmod(making, 0o755)  # mkdtemp lets in the owner only
         try:

@@ -6,6 +6,7 @@ For clips the picture shows several frames of each, and an animation of all of t
 In the row of predictions, hidden patches show what the model predicts, visible ones the target, dimmed and blue.
 """
 import argparse
+import json
 import os
 
 import numpy as np
@@ -138,6 +139,31 @@ def draw(model, recipe, paths, output, device="cpu", frames=4, seed=0):
     return [output, gif]
 
 
+def draw_loss(log, output):
+    """Write the loss curve of a log.jsonl as a picture, against epochs. Returns what was written."""
+    with open(log) as f:
+        lines = [json.loads(line) for line in f if line.endswith("\n")]
+    points = [(d["epoch"], d["loss"]) for d in lines if d.get("loss") is not None]
+    if len(points) < 2:
+        raise ValueError(f"{log} has {len(points)} losses: a curve needs two")
+    W, H, left, bottom = 720, 360, 60, 40
+    # the first tenth starts far above the rest: cut off what is above its end
+    top, low = max(loss for _, loss in points[len(points) // 10:]) * 1.02, min(loss for _, loss in points) * 0.98
+    place = lambda epoch, loss: (left + (W - left - 20) * epoch / points[-1][0],
+                                 20 + (H - bottom - 20) * (top - min(loss, top)) / max(top - low, 1e-12))
+    picture = Image.new("RGB", (W, H), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    for i in range(5):
+        loss, epoch = low + (top - low) * i / 4, points[-1][0] * i / 4
+        pen.line((place(0, loss), place(points[-1][0], loss)), "lightgray")
+        pen.text((6, place(0, loss)[1] - 8), f"{loss:.4f}", "black", font)
+        pen.text((place(epoch, low)[0] - 8, H - bottom + 6), f"{epoch:.1f}", "black", font)
+    pen.text((W // 2, H - 18), "epoch", "black", font)
+    pen.line([place(*point) for point in points], "steelblue", width=2)
+    picture.save(output)
+    return [output]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True)
@@ -150,12 +176,16 @@ def main():
     if not isinstance(checkpoint.get("recipe"), dict) or "mask_token" not in checkpoint.get("model", {}):
         raise ValueError(f"{args.checkpoint} is no pre-training checkpoint of ours; for a released one run convert.py "
                          "first")
+    if args.frames < 1 or os.path.splitext(args.output)[1].lower() in ("", ".gif"):
+        raise ValueError(f"--frames {args.frames} --output {args.output}: at least one frame, and a name like figure.png, "
+                         "since the animation is written beside it as .gif")
     for path in args.input:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"no file {path}")
     recipe = checkpoint["recipe"]
     model = build_maskfeat(recipe)
     model.load_state_dict(checkpoint["model"])
+    os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     written = draw(model.to(device).eval(), recipe, args.input, args.output, device, args.frames, args.seed)
     print("wrote " + " and ".join(written))

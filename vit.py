@@ -149,7 +149,7 @@ class ViT(nn.Module):
 
 
 def vit_tiny(**kw):
-    """128 wide, 6 blocks, 4 heads, 8x8 patches, 1.2 M parameters, made for 64x64 images. Not in the paper."""
+    """128 wide, 6 blocks, 4 heads, 8x8 patches, 1.2 M parameters without head, made for 64x64 images. Not in the paper."""
     return ViT(128, 6, 4, **{"patch_size": 8, "image_size": 64, **kw})
 
 

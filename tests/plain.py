@@ -37,11 +37,11 @@ def plain_pool(self, x, conv, norm, thw):
 def plain_hog(images, bins=9, cell=8):
     """atan2, then every pixel's magnitude scattered into a row of bins of its own, then summed over cells."""
     B, C = images.shape[:2]
-    sobel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]])
+    sobel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], device=images.device)
     padded = F.pad(images.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="reflect")
     gx, gy = F.conv2d(padded, torch.stack([sobel, sobel.T])[:, None]).unbind(1)
     bin = (torch.atan2(gx, gy) / math.pi * bins).floor().long() % bins
-    votes = torch.zeros(B * C, bins, *images.shape[2:])
+    votes = torch.zeros(B * C, bins, *images.shape[2:], device=images.device)
     votes.scatter_add_(1, bin[:, None], (gx.square() + gy.square()).sqrt()[:, None])
     histogram = votes.unfold(2, cell, cell).unfold(3, cell, cell).sum((-2, -1))
     return F.normalize(histogram, dim=1).unflatten(0, (B, C))

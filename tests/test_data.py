@@ -528,7 +528,7 @@ def test_synthetic_folder_is_made_once_and_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(synthetic.subprocess, "Popen", Child)
     (tmp_path / "fail").touch()
-    with pytest.raises(RuntimeError, match="failed"):
+    with pytest.raises(OSError, match="failed"):
         synthetic.make_dataset(tmp_path / "set")
     assert os.listdir(tmp_path) == ["fail"]
     os.remove(tmp_path / "fail")

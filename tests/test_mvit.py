@@ -139,7 +139,7 @@ def test_autocast_stays_close():
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"expand": "both"}, "expand='both'"), ({"output_stride": 4}, "output_stride=4"),
+    ({"expand": "both"}, "expand='both'"), ({"output_stride": 12}, "output_stride=12"),
     ({"num_frames": 5}, "num_frames=5"), ({"image_size": 16}, "16x16")])
 def test_errors(options, words):
     with pytest.raises(ValueError, match=words):

@@ -83,10 +83,10 @@ def test_run(finished):
         assert words in done.stdout + done.stderr, words
     names = read_checkpoint(out / "last.pt")["model"]
     assert not any(n.startswith(("module.", "_orig_mod.")) or "hog" in n for n in names)
-    for name in ("prediction.png", "prediction.gif"):
+    for name in ("prediction.png", "prediction.gif", "loss.png"):
         with Image.open(out / name) as picture:
             assert np.asarray(picture.convert("RGB")).std() > 10              # not blank
-    assert sorted(os.listdir(out)) == ["last.pt", "log.jsonl", "prediction.gif", "prediction.png"]
+    assert sorted(os.listdir(out)) == ["last.pt", "log.jsonl", "loss.png", "prediction.gif", "prediction.png"]
 
 
 def kill_at(step, *args, sent=signal.SIGKILL, **kw):
