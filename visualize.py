@@ -90,7 +90,7 @@ def sheet(columns, names):
             pen.text((4, top + 20 + r * (H + GAP) + H // 2 - 8), row, "black", font)
         for c, column in enumerate(block):
             left = MARGIN + c * (W + GAP)
-            pen.text((left, top + 2), names[b * 8 + c], "black", font)
+            pen.text((left, top + 2), names[b * 8 + c][:W // 8], "black", font)
             for r, panel in enumerate(column):
                 picture.paste(Image.fromarray(panel), (left, top + 20 + r * (H + GAP)))
     return picture
@@ -121,7 +121,7 @@ def draw(model, recipe, paths, output, device="cpu", frames=4, seed=0):
                                  recipe.get("frame_runs", True))
         steps = panels(model, recipe, x.to(device), torch.from_numpy(mask).to(device))
         movie.append(steps)
-        titles.append(os.path.basename(path)[:28])
+        titles.append(os.path.basename(path))
         shown = range(len(steps)) if len(steps) <= frames else \
             [round(j * (len(steps) - 1) / max(frames - 1, 1)) for j in range(frames)]
         for j in shown:
