@@ -1,7 +1,7 @@
-"""Videos and images: finding the files, sampling clips in time, crops, loaders.
+"""Videos and images: decoding, sampling clips in time, crops, training samples, views for a test, loaders.
 
 Paper: Wei et al., Masked Feature Prediction, CVPR 2022, Sec. 4 (16x4 clips, random resized crop, flip) and Sec. 5.
-Release: SlowFast's Kinetics and ImageNet loaders with the MaskFeat pre-training settings.
+Release: SlowFast's Kinetics, SSv2 and ImageNet loaders with the MaskFeat settings.
 Differences:
 - time is counted in seconds, so any frame rate, fixed or not, gives the same motion (see `read_clip`);
 - normalisation is left to the training script: a loader hands over uint8, a quarter of the bytes;
@@ -12,37 +12,27 @@ Differences:
 
 import argparse
 import atexit
-import csv
 import functools
-import hashlib
 import math
 import multiprocessing
 import os
 import random
-import re
 import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-VIDEO = ("mp4", "webm", "mkv", "avi", "mov")
-IMAGE = ("jpg", "jpeg", "png", "bmp", "webp")
+import layouts
+
 TARGET_FPS = 30      # release: sampling_rate counts frames of a 30 fps video
 CLOCK_SLACK = 6e-4   # s; Matroska rounds a frame's time to a millisecond, so it is up to half of one late
 MAY_LACK = 0.5       # s by which a video may end before its header says so and still count as whole
 ATTEMPTS = 10        # files tried for one sample before giving up
-
-LAYOUTS = """accepted layouts:
-  DIR/train/<class>/* and DIR/val/<class>/*   videos or images
-  DIR/train.csv and DIR/val.csv               a line is: path label (or: path, or: path ignored label)
-  the same files in the official Kinetics form, with the header label,youtube_id,time_start,time_end,split
-  a folder of unlabelled files, searched recursively (training only)"""
 
 
 class UnreadableFile(ValueError):
@@ -51,167 +41,6 @@ class UnreadableFile(ValueError):
     def __init__(self, path, reason):
         super().__init__(f"cannot read {path}: {reason}")
         self.path, self.reason = str(path), str(reason)
-
-
-# ---------------------------------------------------------------- finding files
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The files of one split. All videos or all images."""
-    kind: str                                    # "video" or "image"
-    paths: list
-    labels: list                                 # int per path, -1 = unlabelled
-    classes: list                                # names by label; empty if the data set names none
-    ignored: list = field(default_factory=list)  # files that are there but are no media
-    missing: list = field(default_factory=list)  # files named in a csv but not there
-    root: str = ""
-
-    def __len__(self):
-        return len(self.paths)
-
-
-def fingerprint(samples):
-    """Hex digest (16 letters) of relative names and labels: tells a resumed run that its data changed."""
-    digest = hashlib.sha256()
-    for path, label in zip(samples.paths, samples.labels):
-        digest.update(f"{os.path.relpath(path, samples.root or '.')}\0{label}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()[:16]
-
-
-def media_kind(path):
-    """"video", "image" or None, by the ending in any letter case; hidden files (._a.mp4) are no media."""
-    name = os.path.basename(path).lower()
-    ending = name.rpartition(".")[2]
-    if name.startswith("."):
-        return None
-    return "video" if ending in VIDEO else "image" if ending in IMAGE else None
-
-
-def find_samples(root, split="train"):
-    """Lists the media files of one split, in a fixed order (that of the csv, or sorted).
-
-    root: folder in one of LAYOUTS; a csv goes before folders. split: "train" or "val".
-    Returns Samples. Labels index `classes`, which are the same for both splits.
-    Raises FileNotFoundError if there is no such folder, ValueError if it yields no sample or mixes videos and images.
-    """
-    root = os.fspath(root)
-    if split not in ("train", "val"):
-        raise ValueError(f'split is "train" or "val", not {split!r}')
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"no data folder {root}; {LAYOUTS}")
-    tables = {name: _find_table(root, name) for name in ("train", "val")}
-    folders = {name: os.path.join(root, name) for name in ("train", "val")}
-    ignored, missing = [], []
-    if tables[split]:
-        with open(tables[split], encoding="utf-8-sig", errors="surrogateescape") as file:
-            official = file.readline().replace(" ", "").startswith("label,youtube_id,time_start")
-        reader = _read_kinetics_table if official else _read_path_table
-        paths, labels, classes, missing = reader(root, tables, split)
-    elif any(tables.values()):
-        raise ValueError(f"{root} has no {split} split: there is a csv, but no {split}.csv beside it; {LAYOUTS}")
-    elif any(os.path.isdir(folder) for folder in folders.values()):
-        if not os.path.isdir(folders[split]):
-            raise ValueError(f"{root} has no {split} split: no folder {folders[split]}; {LAYOUTS}")
-        classes = sorted({entry.name for folder in folders.values() if os.path.isdir(folder)
-                          for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")})
-        paths, ignored = _walk(folders[split])
-        first = [os.path.relpath(path, folders[split]).split(os.sep) for path in paths]
-        if classes:  # what lies beside the class folders has no label
-            ignored += [path for path, parts in zip(paths, first) if len(parts) == 1]
-            paths = [path for path, parts in zip(paths, first) if len(parts) > 1]
-            number = {name: label for label, name in enumerate(classes)}
-            labels = [number[parts[0]] for parts in first if len(parts) > 1]
-        else:
-            labels = [-1] * len(paths)
-    else:
-        if split == "val":
-            raise ValueError(f"{root} has no val split: neither a folder val nor val.csv; {LAYOUTS}")
-        paths, ignored = _walk(root)
-        labels, classes = [-1] * len(paths), []
-    if not paths:
-        raise ValueError(f"no sample in the {split} split of {root} ({len(ignored)} files are no media, {len(missing)} "
-                         f"listed files are missing, first: {missing[:1]}); media are {VIDEO + IMAGE}; {LAYOUTS}")
-    videos = sum(media_kind(path) == "video" for path in paths)
-    if 0 < videos < len(paths):
-        raise ValueError(f"the {split} split of {root} mixes {videos} videos and {len(paths) - videos} images; "
-                         "put them into separate data folders")
-    return Samples("video" if videos else "image", paths, labels, classes, ignored, missing, root)
-
-
-def _walk(folder):
-    """Media files and other files below a folder, both sorted; hidden folders are left out."""
-    media, other = [], []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = os.path.join(parent, name)
-            (media if media_kind(path) else other).append(path)
-    return sorted(media), sorted(other)
-
-
-def _find_table(root, split):
-    """The csv of a split in root (train.csv, validate.csv, kinetics_400_train.csv) or None; shortest name first."""
-    word = {"train": "train", "val": "(val|validate|validation)"}[split]
-    names = [name for name in os.listdir(root) if re.fullmatch(rf"(kinetics[-_]?\d*[-_])?{word}\.csv", name.lower())]
-    return os.path.join(root, min(names, key=lambda name: (len(name), name))) if names else None
-
-
-def _read_path_table(root, tables, split):
-    """Release layout: no header, columns separated by a space; relative paths start at the csv's folder."""
-    # An unquoted path may hold spaces and quotes: it reaches as far as the last media ending in the line.
-    line_form = re.compile(rf'(?:"(?P<quoted>(?:[^"]|"")+)"|(?P<plain>.+\.(?:{"|".join(VIDEO + IMAGE)})))'
-                           r"(?:(?:\s+\S+)?\s+(?P<label>-?\d+))?", re.IGNORECASE)
-    names = {}  # folder -> the names in it: one listing per folder, not one look-up per line
-    paths, labels, missing = [], [], []
-    with open(tables[split], encoding="utf-8-sig", errors="surrogateescape") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            match = line_form.fullmatch(line.strip())
-            if not match:
-                raise ValueError(f"{tables[split]}, line {number}: {line.strip()!r} is not 'path label'; "
-                                 "separate by a space, end the path in a media ending or put it in double quotes")
-            name = match["plain"] or match["quoted"].replace('""', '"')
-            path = os.path.normpath(os.path.join(os.path.dirname(tables[split]), name))
-            parent, name = os.path.split(path)
-            if parent not in names:
-                names[parent] = set(os.listdir(parent)) if os.path.isdir(parent) else set()
-            if name not in names[parent]:
-                missing.append(path)
-                continue
-            if media_kind(path) is None:
-                raise ValueError(f"{tables[split]}, line {number}: {path} is no media file; take the line out")
-            paths.append(path)
-            labels.append(int(match["label"] or 0))  # release: one column means label 0
-    return paths, labels, [], missing
-
-
-def _read_kinetics_table(root, tables, split):
-    """Official Kinetics csv; a video is called <youtube_id>_<start>_<end> (six digits each) or <youtube_id>."""
-    rows, classes = [], set()
-    for name, table in tables.items():
-        if table:  # both splits are read, so that a class gets the same label in each
-            with open(table, encoding="utf-8-sig", newline="") as file:
-                found = list(csv.DictReader(file, skipinitialspace=True))
-            classes |= {row["label"] for row in found}
-            rows = found if name == split else rows
-    classes = sorted(classes)
-    number = {name: label for label, name in enumerate(classes)}
-    files = {}
-    for path in reversed(_walk(root)[0]):  # one walk; of two files with one name the first in order counts
-        files[os.path.splitext(os.path.basename(path))[0]] = path
-    paths, labels, missing = [], [], []
-    for row in rows:
-        start, end = float(row["time_start"] or 0), float(row.get("time_end") or 0)
-        name = f"{row['youtube_id']}_{start:06.0f}_{end:06.0f}"
-        path = files.get(name) or files.get(row["youtube_id"])
-        if path:
-            paths.append(path)
-            labels.append(number[row["label"]])
-        else:
-            missing.append(name)
-    return paths, labels, classes, missing
 
 
 # ---------------------------------------------------------------- reading
@@ -253,22 +82,49 @@ def _rate(stream):
     return float(stream.average_rate or stream.guessed_rate or TARGET_FPS)
 
 
-def _rgb(frame, short_side):
+def _rgb(frame, cover):
     """(3, H, W) uint8 array of a decoded frame: scaled and converted in one pass, then turned upright."""
-    scale = short_side / min(frame.width, frame.height) if short_side else 1
+    scale = 1
+    if cover:
+        high, wide = (cover, cover) if isinstance(cover, int) else cover
+        if round(frame.rotation / 90) % 2:
+            high, wide = wide, high
+        scale = max(high / frame.height, wide / frame.width)
     small = frame.reformat(round(frame.width * scale), round(frame.height * scale), "rgb24", threads=1)
     return np.rot90(small.to_ndarray(), round(frame.rotation / 90)).transpose(2, 0, 1)
 
 
-def read_clip(path, num_frames=16, sampling_rate=4, position=0.5, short_side=256):
+def clip_times(first, duration, num_frames, sampling_rate, position):
+    """Moments (s) of a clip: sampling_rate/30 s apart, at `position` in [0, 1] of what the clip leaves free."""
+    start = first + position * max(duration - num_frames * sampling_rate / TARGET_FPS, 0)
+    return [start + j * sampling_rate / TARGET_FPS for j in range(num_frames)]
+
+
+def segment_times(first, duration, places):
+    """One moment (s) in each of len(places) equal parts of a video, at places[j] in [0, 1] of part j. Release: SSv2."""
+    return [first + (j + place) * duration / len(places) for j, place in enumerate(places)]
+
+
+def read_clip(path, num_frames=16, sampling_rate=4, position=0.5, short_side=256, places=None):
     """Reads the frames on display at num_frames moments, sampling_rate/30 s apart.
 
     position: in [0, 1], where the clip of num_frames*sampling_rate/30 s lies in the video. A shorter video starts at
     its beginning and repeats its last frame.
+    places: num_frames numbers in [0, 1]; given them, the moments are `segment_times`, over the whole video.
     short_side: height or width in pixels to which the shorter one is scaled, up or down; None keeps the size.
     Returns (num_frames, 3, H, W) uint8 RGB. Pixels are taken as square, as in the release.
     Raises UnreadableFile if the file does not decode there.
     Paper: Sec. 4, 16x4. Release: 16 indices in linspace(start, start + 63), a step of 4.2 frames instead of 4.
+    """
+    if places is not None:
+        return _read_at(path, lambda first, duration: segment_times(first, duration, places), short_side)
+    return _read_at(path, lambda *extent: clip_times(*extent, num_frames, sampling_rate, position), short_side)
+
+
+def _read_at(path, choose, cover):
+    """Frames (N, 3, H, W) uint8 on display at the N moments that choose(first time, duration) names, in any order.
+
+    cover: (H, W), the frames are scaled so as to just cover it; an int, a square of that side; or None.
     """
     times = None
     for way in ("seek", "start", "count"):  # the quick way first; most files never need another
@@ -276,12 +132,13 @@ def read_clip(path, num_frames=16, sampling_rate=4, position=0.5, short_side=256
             with _open_video(path) as (container, stream):
                 if way == "seek":
                     first, duration = _extent(container, stream)
-                    start = first + position * max(duration - num_frames * sampling_rate / TARGET_FPS, 0)
-                    times = [start + j * sampling_rate / TARGET_FPS for j in range(num_frames)]
+                    times = choose(first, duration)
+                    order = np.argsort(times, kind="stable")
+                    ascending = [times[k] for k in order]
                     if "444" in (stream.codec_context.pix_fmt or ""):
                         continue  # old x264 announces a fault of its 4:4:4 coding in the first frame only
-                    container.seek(round(start / stream.time_base), stream=stream)  # to a keyframe before
-                frames = _frames_at(path, container, stream, times, first, duration, short_side, way)
+                    container.seek(round(ascending[0] / stream.time_base), stream=stream)  # to a keyframe before
+                frames = _frames_at(path, container, stream, ascending, first, duration, cover, way)
         except UnreadableFile:
             if way != "seek" or times is None:
                 raise
@@ -289,10 +146,10 @@ def read_clip(path, num_frames=16, sampling_rate=4, position=0.5, short_side=256
         if frames is not None:
             if any(frame.shape != frames[0].shape for frame in frames):
                 raise UnreadableFile(path, "the picture changes its shape within the clip")
-            return torch.from_numpy(np.stack(frames))  # (T, 3, H, W)
+            return torch.from_numpy(np.stack([frames[k] for k in np.argsort(order)]))
 
 
-def _frames_at(path, container, stream, times, first, duration, short_side, way):
+def _frames_at(path, container, stream, times, first, duration, cover, way):
     """Decodes onwards, converting only the frames on display at `times` (ascending, s); one array for each time.
 
     way: "seek" starts at a keyframe, "start" at the beginning, "count" there too, and makes up times from the rate.
@@ -315,7 +172,7 @@ def _frames_at(path, container, stream, times, first, duration, short_side, way)
                     return None
                 shown = frame  # nothing comes earlier
             if picture is None:
-                picture = _rgb(shown, short_side)
+                picture = _rgb(shown, cover)
             kept.append(picture)
             if len(kept) == len(times):
                 return kept
@@ -325,23 +182,31 @@ def _frames_at(path, container, stream, times, first, duration, short_side, way)
     end = shown_time + (shown.duration or 0) * unit
     if min(times[-1], first + duration) > end + MAY_LACK:  # cut off, so not to be filled up with its last frame
         raise UnreadableFile(path, f"it ends after {end - first:.2f} s, its header promises {duration:.2f} s")
-    picture = _rgb(shown, short_side) if picture is None else picture
+    picture = _rgb(shown, cover) if picture is None else picture
     return kept + [picture] * (len(times) - len(kept))
 
 
 def read_image(path):
     """Reads an image as PIL RGB. Like the release it drops alpha and does not apply the EXIF orientation.
 
+    One beyond the size at which Pillow suspects an attack (179 million pixels) is read too, and halved until below.
     Raises UnreadableFile if it is damaged or cut off.
     """
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with Image.open(path) as image:
             image.load()
+            image.info.pop("transparency", None)  # of a palette; Pillow would warn that it is dropped
             if image.mode.startswith("I"):  # 16 bits per pixel: convert() would clip to white
                 image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-            return image.convert("RGB")
+            image = image.convert("RGB")
+        while limit and image.width * image.height > 2 * limit:  # a crop would be refused
+            image = image.reduce(2)
+        return image
     except Exception as error:  # on damaged files Pillow raises about anything; the reason is kept
         raise UnreadableFile(path, error) from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 # ---------------------------------------------------------------- crops
@@ -390,24 +255,36 @@ def sample_rng(seed, epoch, index, purpose=""):
     return random.Random(f"{seed} {epoch} {index} {purpose}")
 
 
-class PretrainDataset(torch.utils.data.Dataset):
-    """Augmented clips or images with their masks, indexed by (epoch, index).
+def check_kind(kind, num_frames):
+    """Raises ValueError unless num_frames is a number for videos and None for images."""
+    if (kind == "video") != (num_frames is not None):
+        raise ValueError(f"num_frames={num_frames} does not go with {kind} data: a number for videos, "
+                         "None for images; or choose another recipe or data folder")
+
+
+class TrainDataset(torch.utils.data.Dataset):
+    """Augmented clips or images for training, with masks if wanted, indexed by (epoch, index).
 
     samples: Samples. image_size: (H, W). num_frames: T, for videos only. mask: rng -> bool array, or None.
     scale, ratio, flip: random resized crop and chance of a horizontal flip (release: 0.5-1, 3/4-4/3, 0.5).
-    train=False: middle clip, largest centred crop, no flip.
-    An item is a dict of "x" uint8 (3, T, H, W) or (3, H, W), "mask" bool (if any), "label" int, "index" int and
-    "unreadable", a list of (path, reason): such a file is replaced by one drawn from the sample's own generator.
+    segments: one random moment in each of T equal parts of the video instead of a clip (release: SSv2).
+    augment: (list of PIL RGB images, rng) -> the same, for a whole clip at its decoded size or one cropped image.
+    erase: (H, W, rng) -> box (top, left, h, w) whose pixels the training step is to erase, with noise from a seed.
+    repeats: R views of one decoded file, augmented independently (release: NUM_SAMPLE).
+    train=False: middle clip, largest centred crop, nothing random.
+    An item is a dict of "x" uint8 (3, T, H, W) or (3, H, W), with R before that if R > 1; "label" int, "index" int and
+    "unreadable", a list of (path, reason): such a file is replaced by one drawn from the sample's own generator; "mask"
+    bool (if any); "boxes" int64 (R, 4) and "seeds" int64 (R,) (if erase); "repeats" R.
     """
 
     def __init__(self, samples, image_size, num_frames=None, sampling_rate=4, mask=None, seed=0, scale=(0.5, 1.0),
-                 ratio=(3 / 4, 4 / 3), flip=0.5, short_side=256, train=True):
-        if (samples.kind == "video") != (num_frames is not None):
-            raise ValueError(f"num_frames={num_frames} does not go with {samples.kind} data: a number for videos, "
-                             "None for images; or choose another recipe or data folder")
+                 ratio=(3 / 4, 4 / 3), flip=0.5, short_side=256, train=True, segments=False, augment=None, erase=None,
+                 repeats=1):
+        check_kind(samples.kind, num_frames)
         self.samples, self.image_size, self.num_frames = samples, tuple(image_size), num_frames
         self.sampling_rate, self.mask, self.seed, self.scale = sampling_rate, mask, seed, scale
         self.ratio, self.flip, self.short_side, self.train = ratio, flip, short_side, train
+        self.segments, self.augment, self.erase, self.repeats = segments, augment, erase, repeats
 
     def __len__(self):
         return len(self.samples)
@@ -417,7 +294,7 @@ class PretrainDataset(torch.utils.data.Dataset):
         rng, chosen, unreadable = sample_rng(self.seed, epoch, index), index, []
         while True:
             try:
-                x = self.load(self.samples.paths[chosen], rng)
+                frames = self.read(self.samples.paths[chosen], rng)
                 break
             except UnreadableFile as error:
                 unreadable.append((error.path, error.reason))
@@ -425,20 +302,34 @@ class PretrainDataset(torch.utils.data.Dataset):
                 raise ValueError(f"{ATTEMPTS} files in a row are unreadable, check with python data.py --check DIR: "
                                  + "; ".join(f"{path} ({reason})" for path, reason in unreadable))
             chosen = (chosen + 1 + rng.randrange(max(len(self) - 1, 1))) % len(self)  # another one
-        item = {"x": x, "label": self.samples.labels[chosen], "index": index, "unreadable": unreadable}
+        # The first view goes on with the sample's own stream, so it is the same for any number of repeats.
+        rngs = [rng] + [sample_rng(self.seed, epoch, index, f"view {r}") for r in range(1, self.repeats)]
+        x = torch.stack([self.view(frames, view_rng) for view_rng in rngs])  # (R, 3, T, H, W) or (R, 3, H, W)
+        item = {"x": x if self.repeats > 1 else x[0], "label": self.samples.labels[chosen], "index": index,
+                "unreadable": unreadable, "repeats": self.repeats}
         if self.mask is not None:  # a stream of its own, so that other crops leave the masks as they are
             item["mask"] = torch.from_numpy(self.mask(sample_rng(self.seed, epoch, index, "mask")))
+        if self.erase is not None:
+            item["boxes"] = torch.tensor([self.erase(*self.image_size, view_rng) for view_rng in rngs])  # (R, 4)
+            item["seeds"] = torch.tensor([view_rng.getrandbits(63) for view_rng in rngs])                # (R,)
         return item
 
-    def load(self, path, rng=None):
-        """One file, augmented if train. Draws in this order: clip position, crop, flip."""
-        if self.num_frames:
-            position = rng.random() if self.train else 0.5
-            frames = read_clip(path, self.num_frames, self.sampling_rate, position, self.short_side)
-            height, width = frames.shape[-2:]
-        else:
-            frames = read_image(path)
-            width, height = frames.size
+    def read(self, path, rng=None):
+        """One file: (T, 3, H, W) uint8 with moments drawn if train, or PIL RGB."""
+        if not self.num_frames:
+            return read_image(path)
+        if self.segments:
+            places = [rng.random() if self.train else 0.5 for _ in range(self.num_frames)]
+            return read_clip(path, self.num_frames, short_side=self.short_side, places=places)
+        position = rng.random() if self.train else 0.5
+        return read_clip(path, self.num_frames, self.sampling_rate, position, self.short_side)
+
+    def view(self, frames, rng=None):
+        """One view of what `read` returned. Release: clips are augmented before they are cropped, images after it."""
+        video = self.num_frames is not None
+        if video and self.augment:
+            frames = self.augmented(frames, rng)
+        height, width = frames.shape[-2:] if video else frames.size[::-1]
         if self.train:
             box = random_resized_crop_box(height, width, rng, self.scale, self.ratio)
         else:
@@ -446,7 +337,85 @@ class PretrainDataset(torch.utils.data.Dataset):
         x = crop_resize(frames, box, self.image_size)
         if self.train and rng.random() < self.flip:
             x = x.flip(-1)
-        return x.transpose(0, 1).contiguous() if self.num_frames else x  # (3, T, H, W) or (3, H, W)
+        if self.augment and not video:
+            x = self.augmented(x[None], rng)[0]
+        return x.transpose(0, 1).contiguous() if video else x.contiguous()  # (3, T, H, W) or (3, H, W)
+
+    def augmented(self, frames, rng):
+        """(T, 3, H, W) uint8, all of them through one call of `augment`."""
+        pictures = [Image.fromarray(frame) for frame in frames.permute(0, 2, 3, 1).numpy()]
+        return torch.from_numpy(np.stack(self.augment(pictures, rng))).permute(0, 3, 1, 2)
+
+
+def read_views(path, image_size, num_frames=None, sampling_rate=4, clips=1, crops=1, crop_ratio=0.875, segments=False):
+    """All views of one file for a test; nothing random. The file is decoded once.
+
+    num_frames: T for a video, None for an image. image_size: (H, W).
+    clips: evenly spread from the video's beginning to its end, 1 = the middle. segments: each clip is instead a moment
+    in each of T equal parts of the video, its midpoint for one clip.
+    crops: 1 = the centre of the picture scaled to cover image_size / crop_ratio; 3 = left, centre and right (upright
+    ones: top, middle, bottom) of the picture scaled to cover image_size, together all of it up to an aspect of 3:1.
+    Returns uint8 (clips*crops, 3, T, H, W), clip by clip, or (crops, 3, H, W). Images are scaled bicubically (release).
+    Raises UnreadableFile, or ValueError for numbers that `check_views` refuses.
+    """
+    check_views(clips, crops, crop_ratio)
+    H, W = image_size
+    cover = (H, W) if crops == 3 else (round(H / crop_ratio), round(W / crop_ratio))
+    if not num_frames:
+        image = read_image(path)
+        scale = max(cover[0] / image.height, cover[1] / image.width)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+        frames = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, h, w)
+    else:
+        def moments(first, duration):
+            if segments:
+                each = [segment_times(first, duration, [(c + 0.5) / clips] * num_frames) for c in range(clips)]
+            else:  # release: with offset sampling the last clip ends with the video
+                each = [clip_times(first, duration, num_frames, sampling_rate, c / (clips - 1) if clips > 1 else 0.5)
+                        for c in range(clips)]
+            return sum(each, [])
+        frames = _read_at(path, moments, cover)                            # (clips*T, 3, h, w)
+    top, left = frames.shape[2] - H, frames.shape[3] - W                   # to spare; for 3 crops on one axis only
+    x = torch.stack([frames[:, :, top * k // 2:top * k // 2 + H, left * k // 2:left * k // 2 + W]
+                     for k in ((0, 1, 2) if crops == 3 else (1,))], 1)     # (clips*T, crops, 3, H, W)
+    if not num_frames:
+        return x[0]
+    return x.unflatten(0, (clips, num_frames)).permute(0, 2, 3, 1, 4, 5).flatten(0, 1).contiguous()
+
+
+def check_views(clips, crops, crop_ratio):
+    """Raises ValueError for views that there is no way to cut."""
+    if clips < 1 or crops not in (1, 3) or not 0 < crop_ratio <= 1:
+        raise ValueError(f"clips={clips}, crops={crops}, crop_ratio={crop_ratio}: use 1 or more clips, 1 or 3 crops "
+                         "and a ratio in (0, 1]")
+
+
+class ViewDataset(torch.utils.data.Dataset):
+    """Item i is all views of file i, for validation and testing; the arguments are those of `read_views`.
+
+    views, clips, crops: how many there are of a file, views = clips * crops.
+    An item is a dict of "x" as there, "label" int, "index" int and "unreadable": empty, or [(path, reason)] and x zero.
+    """
+
+    def __init__(self, samples, image_size, num_frames=None, sampling_rate=4, clips=1, crops=1, crop_ratio=0.875,
+                 segments=False):
+        check_kind(samples.kind, num_frames)
+        check_views(clips, crops, crop_ratio)
+        self.samples, self.clips, self.crops = samples, clips if num_frames else 1, crops
+        self.views = self.clips * crops
+        self.shape = (self.views, 3, *((num_frames,) if num_frames else ()), *image_size)
+        self.arguments = image_size, num_frames, sampling_rate, clips, crops, crop_ratio, segments
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        unreadable = []
+        try:
+            x = read_views(self.samples.paths[index], *self.arguments)
+        except UnreadableFile as error:  # reported, and never replaced: a test counts every file
+            x, unreadable = torch.zeros(self.shape, dtype=torch.uint8), [(error.path, error.reason)]
+        return {"x": x, "label": self.samples.labels[index], "index": index, "unreadable": unreadable}
 
 
 class EpochBatches:
@@ -490,9 +459,18 @@ class EpochBatches:
 
 
 def collate(items):
-    """Stacks x, mask, label and index over the batch; joins the lists of unreadable files."""
-    batch = {name: torch.stack([item[name] for item in items]) for name in ("x", "mask") if name in items[0]}
-    batch |= {name: torch.tensor([item[name] for item in items]) for name in ("label", "index")}
+    """Stacks items over the batch, flattening the repeats of a TrainDataset; joins the lists of unreadable files.
+
+    Returns "x" (B*R, ...), "boxes" (B*R, 4), "seeds" (B*R,), "label", "index" and "mask" per entry of x; R views of a
+    sample lie side by side. For a ViewDataset x stays (B, V, ...).
+    """
+    repeats = items[0].get("repeats", 1)
+    batch = {"x": torch.stack([item["x"] for item in items])}
+    if repeats > 1:
+        batch["x"] = batch["x"].flatten(0, 1)
+    batch |= {name: torch.cat([item[name] for item in items]) for name in ("boxes", "seeds") if name in items[0]}
+    batch |= {name: torch.stack([torch.as_tensor(item[name]) for item in items]).repeat_interleave(repeats, 0)
+              for name in ("mask", "label", "index") if name in items[0]}
     batch["unreadable"] = [entry for item in items for entry in item["unreadable"]]
     return batch
 
@@ -505,16 +483,23 @@ def _start_worker(closing, worker_id):
     torch.set_num_threads(1)
 
 
-def make_loader(dataset, batches, workers, pin_memory=False):
-    """DataLoader over EpochBatches; iterate over it once for the whole run. workers=0 gives the same batches."""
-    if not workers:
-        return torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=collate, pin_memory=pin_memory)
-    context = multiprocessing.get_context("fork")
-    closing = context.Event()
-    atexit.register(closing.set)
-    return torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin_memory,
-        multiprocessing_context=context, worker_init_fn=functools.partial(_start_worker, closing))
+def make_loader(dataset, batches, workers, pin_memory=False, generator=None):
+    """DataLoader over batches of keys; iterate over EpochBatches once for the whole run. workers=0 gives the same."""
+    more = {"collate_fn": collate, "pin_memory": pin_memory, "generator": generator}
+    if workers:
+        context = multiprocessing.get_context("fork")
+        closing = context.Event()
+        atexit.register(closing.set)
+        more |= {"num_workers": workers, "multiprocessing_context": context,
+                 "worker_init_fn": functools.partial(_start_worker, closing)}
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, **more)
+
+
+def make_view_loader(dataset, indices, batch_size, workers, pin_memory=False):
+    """The files `indices` of a ViewDataset in order, batch_size at a time; the last batch may be smaller."""
+    batches = [indices[first:first + batch_size] for first in range(0, len(indices), batch_size)]
+    # Each pass over a DataLoader draws a seed; with its own generator a test amid training leaves torch's alone.
+    return make_loader(dataset, batches, workers, pin_memory, torch.Generator())
 
 
 # ---------------------------------------------------------------- python data.py --check DIR
@@ -522,7 +507,7 @@ def make_loader(dataset, batches, workers, pin_memory=False):
 
 def check_file(path):
     """Decodes a whole file. Returns (usable, what it holds or how far it decodes and what stops it)."""
-    if media_kind(path) == "image":
+    if layouts.media_kind(path) == "image":
         try:
             width, height = read_image(path).size
             return True, f"image, {width}x{height}"
@@ -553,11 +538,11 @@ def check(folder, workers):
     from tqdm import tqdm
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no data folder {folder}")
-    media, ignored = _walk(folder)
+    media, ignored = layouts.walk(folder)
     missing = []
     for split in ("train", "val"):
         try:
-            found = find_samples(folder, split)
+            found = layouts.find_samples(folder, split)
             media += sorted(set(found.paths) - set(media))  # a csv may point elsewhere
             missing += found.missing
             print(f"{split}: {len(found)} {found.kind}s, {len(found.classes)} named classes, "

@@ -1,9 +1,10 @@
-"""Plumbing shared by the training scripts: processes, schedule, parameter groups, checkpoints, logs, command line.
+"""Plumbing shared by the training scripts: processes, batches, schedule, parameter groups, checkpoints, logs, command line.
 
 Nothing here knows of masks, targets or labels; forward, backward, clipping and stepping stay in the scripts.
 """
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -16,6 +17,9 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
+
+MAX_SKIPPED = 20      # steps with a non-finite gradient in a row; more than any loss scale needs to settle
+MAX_UNREADABLE = 0.1  # share of the files
 
 
 # ---------------------------------------------------------------------------------------------------------- processes
@@ -92,15 +96,76 @@ def lr_at(epoch, base_lr, epochs, warmup_epochs, warmup_lr=1e-6, min_lr=1e-6):
     return min_lr + (base_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def param_groups(model, weight_decay):
-    """Two AdamW groups: decayed, and not (1-D tensors and biases).
+def layer_id(name, depth):
+    """0 for the stem (tokens, positions, patch embedding), i + 1 for block i, depth + 1 for norm and head (release)."""
+    if name.startswith(("cls_token", "mask_token", "pos_embed", "patch_embed")):
+        return 0
+    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
 
-    Class token, mask token and position tables are decayed, as in the release's MaskFeat configs.
+
+def param_groups(model, weight_decay, layer_decay=1.0):
+    """AdamW groups by (layer, decayed or not), each with an "lr_scale"; one layer only without layer_decay.
+
+    Not decayed: 1-D tensors and biases. Class token, mask token and position tables are, as in the release's MaskFeat
+    configs. lr_scale: layer_decay ** (depth + 1 - layer_id), so 1 for the head.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    plain = {name for name, p in named if p.ndim < 2 or name.endswith(".bias")}
-    return [{"params": [p for name, p in named if name not in plain], "weight_decay": weight_decay},
-            {"params": [p for name, p in named if name in plain], "weight_decay": 0.0}]
+    depth = len(model.blocks) if layer_decay != 1 else 0
+    groups = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        plain = p.ndim < 2 or name.endswith(".bias")
+        layer = layer_id(name, depth) if layer_decay != 1 else 1
+        group = groups.setdefault((layer, plain), {"params": [], "weight_decay": 0.0 if plain else weight_decay,
+                                                   "lr_scale": layer_decay ** (depth + 1 - layer)})
+        group["params"].append(p)
+    return [groups[key] for key in sorted(groups)]                            # decayed before not, layer by layer
+
+
+def mixed_precision(amp, device):
+    """(name, autocast, gradient scaler) for amp = auto, fp32, bf16 or fp16; call `autocast()` for a context."""
+    if amp == "auto":
+        on_gpu = device.type == "cuda"
+        fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        amp = "bf16" if fast else "fp16" if on_gpu else "fp32"
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    return amp, functools.partial(torch.autocast, device.type, dtype=dtype, enabled=amp != "fp32"), \
+        torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+
+def plan_batch(batch_size, samples, device_batch, world, given):
+    """(global batch size, micro-batches per rank and step). A batch that was not given is at most 1/16 of the samples.
+
+    A rank's share is cut into the fewest equal parts of at most device_batch. Raises ValueError if it does not divide.
+    """
+    if not given and batch_size > samples // 16:
+        batch_size = max(2 ** int(math.log2(max(samples // 16, 1))) // world, 1) * world
+    if batch_size % world:
+        raise ValueError(f"batch_size={batch_size} does not divide over {world} processes: use a multiple")
+    if batch_size > samples:
+        raise ValueError(f"batch_size={batch_size} is more than the {samples} samples: use {samples} or less")
+    share = batch_size // world
+    return batch_size, next(n for n in range(1, share + 1) if share % n == 0 and share // n <= max(device_batch, 1))
+
+
+def loader_workers(workers, device):
+    """Loader processes per rank: as given, or -1 by the number of cores; a CPU is busy enough with the model."""
+    if workers >= 0:
+        return workers
+    if device.type == "cpu":
+        return 1
+    return min(16, max(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1))
+
+
+def report_unreadable(new, known, total, say):
+    """Name each unreadable file once; too many of them end the run. new: (path, reason) pairs; known: dict, added to."""
+    for path, reason in new:
+        if path not in known:
+            known[path] = reason
+            say(f"unreadable, replaced by another: {path}: {reason}")
+    if len(known) > MAX_UNREADABLE * total:
+        raise ValueError(f"{len(known)} of {total} files cannot be read, more than {MAX_UNREADABLE:.0%}: "
+                         f"{', '.join(sorted(known))}")
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
@@ -138,6 +203,19 @@ def read_checkpoint(path):
     return checkpoint
 
 
+def refuse_other_run(path, checkpoint, recipe, fingerprint, run_fields):
+    """A run goes on only as what it was: same recipe (a dataclass) but for `run_fields`, same data set."""
+    missing = [key for key in ("model", "optimizer", "scaler", "step", "skipped", "recipe", "data") if key not in checkpoint]
+    if missing:
+        raise ValueError(f"{path} is no training checkpoint, it lacks {', '.join(missing)}: choose another --out")
+    old, new = checkpoint["recipe"], dataclasses.asdict(recipe)
+    differs = [f"{key}={new[key]} (was {old.get(key)})" for key in new if key not in run_fields and new[key] != old.get(key)]
+    if differs:
+        raise ValueError(f"--resume: {path} was made by another recipe; different here: {', '.join(differs)}")
+    if checkpoint["data"] != fingerprint:
+        raise ValueError(f"--resume: the files in {recipe.data} are not those {path} was trained on")
+
+
 # --------------------------------------------------------------------------------------------------------------- logs
 
 class Logger:
@@ -171,33 +249,46 @@ def peak_memory(device):
 
 # ------------------------------------------------------------------------------------------------------- command line
 
+def option(default, help="", choices=None, alias=None):
+    """A field of a recipe. alias: a second name of its flag. A tuple of n values takes n or one, an empty one any number."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "alias": alias})
+
+
+def check_positive(recipe, *names):
+    for name in names:
+        if not getattr(recipe, name) > 0:
+            raise ValueError(f"{name}={getattr(recipe, name)} is not positive")
+
+
 def parse_recipe(recipes, description, argv=None):
     """A recipe from the command line: a row of `recipes`, with any field overridden by --field.
 
     recipes: {name: frozen dataclass}. --recipe picks the row, else --model the first row of that model, else the first
-    row. Tuples take all their values or one for all, booleans also --no-field. Returns (name, recipe, names of the fields given).
+    row. Tuples take all their values or one for all, booleans also --no-field. Returns (name, recipe, names given).
     """
     first = next(iter(recipes.values()))
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--recipe", choices=list(recipes), help="row to start from; default: the first of --model")
     for field in dataclasses.fields(first):
-        default, flag = getattr(first, field.name), "--" + field.name.replace("_", "-")
-        about = {"default": argparse.SUPPRESS, "help": field.metadata.get("help", "")}
+        default, flags = getattr(first, field.name), ["--" + field.name.replace("_", "-")]
+        about = {"default": argparse.SUPPRESS, "help": field.metadata.get("help", ""), "dest": field.name}
+        if field.metadata.get("alias"):
+            flags.append(field.metadata["alias"])
         if field.metadata.get("choices"):
             about["choices"] = field.metadata["choices"]
         if isinstance(default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **about)
+            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **about)
         elif isinstance(default, tuple):
-            parser.add_argument(flag, type=type(default[0]), nargs="+", **about)
+            parser.add_argument(*flags, type=type(default[0]) if default else str, nargs="+", **about)
         else:
-            parser.add_argument(flag, type=type(default), **about)
+            parser.add_argument(*flags, type=type(default), **about)
     given = vars(parser.parse_args(argv))
     name = given.pop("recipe") or next(
         (n for n, r in recipes.items() if r.model == given.get("model", first.model)), next(iter(recipes)))
     for key, values in given.items():
         if isinstance(values, list):                                          # one value stands for all
-            length = len(getattr(first, key))
+            length = len(getattr(first, key)) or len(values)
             if len(values) not in (1, length):
                 parser.error(f"--{key.replace('_', '-')} takes 1 or {length} values, not {len(values)}")
             given[key] = tuple(values) * (length // len(values))

@@ -194,14 +194,19 @@ class MViT(nn.Module):
         Another size, or another number of frames, at run time works: tables are resized on the fly.
     checkpointing: recompute each block in the backward pass.
     kv_stride: pooling of keys and values in the first stage; halved wherever queries are pooled.
+    pool: what the head sees: "mean" of the patch tokens (MaskFeat fine-tuning), "cls" token (supervised MViTv2).
+    dropout: before the head.
     """
 
     def __init__(self, embed_dim, num_heads, stages, num_classes=400, num_frames=16, image_size=224, output_stride=32,
-                 expand="mlp", drop_path=0.0, checkpointing=False, kv_stride=8):
+                 expand="mlp", drop_path=0.0, checkpointing=False, kv_stride=8, pool="mean",
+                 dropout=0.0):
         super().__init__()
         H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
         if expand not in ("mlp", "attn"):
             raise ValueError(f'expand={expand!r}: use "mlp" or "attn"')
+        if pool not in ("mean", "cls"):
+            raise ValueError(f'pool={pool!r}: use "mean" or "cls"')
         if output_stride not in [4 * 2 ** i for i in range(len(stages))]:
             raise ValueError(f"output_stride={output_stride}: use 32 (fine-tuning), 16 (pre-training) or 8, at most "
                              f"{4 * 2 ** (len(stages) - 1)} with {len(stages)} stages")
@@ -211,7 +216,7 @@ class MViT(nn.Module):
             raise ValueError(f"image_size={H}x{W} is below 32, the stride of the network")
         self.patch_stride = (2, output_stride, output_stride)                 # pixels per output token along T, H, W
         self.stem_dim, self.embed_dim = embed_dim, embed_dim * 2 ** (len(stages) - 1)
-        self.checkpointing = checkpointing
+        self.checkpointing, self.pool, self.dropout = checkpointing, pool, dropout
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.patch_embed = PatchEmbed(embed_dim)
@@ -266,11 +271,16 @@ class MViT(nn.Module):
                 x, thw = block(x, thw)
         return x, thw
 
-    def forward(self, x):
-        """(B, 3, T, H, W) -> logits (B, num_classes), or pooled features (B, D') with num_classes=0."""
+    def features(self, x):
+        """(B, 3, T, H, W) -> pooled features (B, D'), normed unless num_classes=0."""
         x, _ = self.encode(*self.embed(x))
-        x = x[:, 1:].mean(dim=1)                                              # release: mean of patches, then norm
-        return self.head(self.norm(x)) if hasattr(self, "head") else x
+        x = x[:, 1:].mean(dim=1) if self.pool == "mean" else x[:, 0]          # release: pooled, then normed
+        return self.norm(x) if hasattr(self, "head") else x
+
+    def forward(self, x):
+        """(B, 3, T, H, W) -> logits (B, num_classes), or features with num_classes=0."""
+        x = self.features(x)
+        return self.head(F.dropout(x, self.dropout, self.training)) if hasattr(self, "head") else x
 
 
 def mvit_tiny(**kw):

@@ -11,35 +11,27 @@ Writes OUT/last.pt (weights, optimizer, step, recipe), OUT/log.jsonl, OUT/loss.p
 on from OUT/last.pt with --resume.
 """
 import dataclasses
-import functools
-import math
 import os
 import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
 
 import data
+import layouts
 import masking
 import mvit
 import synthetic
 import visualize
 from convert import ENCODERS, build_maskfeat
-from engine import (Logger, StopSignal, gather_list, init_distributed, lr_at, param_groups, parse_recipe, peak_memory,
-                    read_checkpoint, reduce_mean, run_main, save_checkpoint, seed_all)
+from engine import (MAX_SKIPPED, Logger, StopSignal, check_positive, gather_list, init_distributed, loader_workers, lr_at,
+                    mixed_precision, option, param_groups, parse_recipe, peak_memory, plan_batch, read_checkpoint,
+                    reduce_mean, refuse_other_run, report_unreadable, run_main, save_checkpoint, seed_all)
 from targets import TARGETS
-
-MAX_SKIPPED = 20      # steps with a non-finite gradient in a row; more than any loss scale needs to settle
-MAX_UNREADABLE = 0.1  # share of the files
-
-
-def option(default, help="", choices=None):
-    return field(default=default, metadata={"help": help, "choices": choices})
-
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 # Learning rates belong to a global batch of `lr_batch` samples, as in the release's configs (one 8-GPU node), and are
@@ -50,7 +42,7 @@ class Recipe:
     # model and input
     model: str = option("mvitv2_s", "encoder preset", tuple(ENCODERS))
     image_size: tuple = option((224, 224), "height and width in pixels")
-    num_frames: int = option(16, "frames per clip")                                   # Sec. 4.1: 16x4
+    num_frames: int = option(16, "frames per clip", alias="--frames")                                 # Sec. 4.1: 16x4
     sampling_rate: int = option(4, "stride between frames, at 30 fps")
     output_stride: int = option(16, "pixels per predicted token of MViT")             # release: 16 in pre-training
     patch_size: int = option(16, "pixels per token of ViT")
@@ -128,38 +120,12 @@ def check(recipe, samples):
     if video == (recipe.mask == "block"):
         raise ValueError(f"mask={recipe.mask} does not suit {recipe.model}: use --mask "
                          f"{'cube, tube or frame' if video else 'block'}")
-    for name in ("epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every", "clip_grad", "sampling_rate",
-                 "output_stride", "patch_size", "cell", "bins"):
-        if not getattr(recipe, name) > 0:
-            raise ValueError(f"{name}={getattr(recipe, name)} is not positive")
+    check_positive(recipe, "epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every", "clip_grad",
+                   "sampling_rate", "output_stride", "patch_size", "cell", "bins")
     if not 0 < recipe.mask_ratio < 1:
         raise ValueError(f"mask_ratio={recipe.mask_ratio} is not between 0 and 1")
     if not 0 < recipe.crop_scale[0] <= recipe.crop_scale[1] <= 1:
         raise ValueError(f"crop_scale={recipe.crop_scale} is not an increasing range within (0, 1]")
-
-
-def refuse_other_run(path, checkpoint, recipe, fingerprint):
-    """A run goes on only as what it was: same recipe but for RUN_FIELDS, same data set."""
-    missing = [key for key in ("model", "optimizer", "scaler", "step", "skipped", "recipe", "data") if key not in checkpoint]
-    if missing:
-        raise ValueError(f"{path} is no training checkpoint, it lacks {', '.join(missing)}: choose another --out")
-    old, new = checkpoint["recipe"], dataclasses.asdict(recipe)
-    differs = [f"{key}={new[key]} (was {old.get(key)})" for key in new if key not in RUN_FIELDS and new[key] != old.get(key)]
-    if differs:
-        raise ValueError(f"--resume: {path} was made by another recipe; different here: {', '.join(differs)}")
-    if checkpoint["data"] != fingerprint:
-        raise ValueError(f"--resume: the files in {recipe.data} are not those {path} was trained on")
-
-
-def report_unreadable(new, known, total, say):
-    """Name each unreadable file once; too many of them end the run. new: (path, reason) pairs; known: dict, added to."""
-    for path, reason in new:
-        if path not in known:
-            known[path] = reason
-            say(f"unreadable, replaced by another: {path}: {reason}")
-    if len(known) > MAX_UNREADABLE * total:
-        raise ValueError(f"{len(known)} of {total} files cannot be read, more than {MAX_UNREADABLE:.0%}: "
-                         f"{', '.join(sorted(known))}")
 
 
 def main():
@@ -174,19 +140,13 @@ def main():
         if rank == 0 and not os.path.isdir(recipe.data):
             say(f"no --data: making clips in {recipe.data}, once")
         synthetic.make_dataset(recipe.data)                                   # safe if all ranks do it at once
-    samples = data.find_samples(recipe.data, "train")
+    samples = layouts.find_samples(recipe.data, "train")
     check(recipe, samples)
-    if "batch_size" not in given and recipe.batch_size > len(samples) // 16:
-        size = max(2 ** int(math.log2(max(len(samples) // 16, 1))) // world, 1) * world
+    size, accumulate = plan_batch(recipe.batch_size, len(samples), recipe.device_batch, world, "batch_size" in given)
+    if size != recipe.batch_size:
         say(f"batch_size {recipe.batch_size} -> {size}: the data set has only {len(samples)} samples")
         recipe = replace(recipe, batch_size=size)
-    if recipe.batch_size % world:
-        raise ValueError(f"batch_size={recipe.batch_size} does not divide over {world} processes: use a multiple")
-    per_rank = recipe.batch_size // world
-    accumulate = next(n for n in range(1, per_rank + 1) if per_rank % n == 0 and per_rank // n <= recipe.device_batch)
-    if recipe.batch_size > len(samples):
-        raise ValueError(f"batch_size={recipe.batch_size} is more than the {len(samples)} samples of {recipe.data}: use "
-                         f"{len(samples)} or less")
+    device_batch = size // world // accumulate
     steps_per_epoch = len(samples) // recipe.batch_size
     total_steps = recipe.epochs * steps_per_epoch
 
@@ -196,23 +156,17 @@ def main():
     grid = tuple(n // s for n, s in zip((recipe.num_frames, *recipe.image_size)[-len(model.encoder.patch_stride):],
                                         model.encoder.patch_stride))
     on_gpu = device.type == "cuda"
-    amp = recipe.amp
-    if amp == "auto":
-        fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        amp = "bf16" if fast else "fp16" if on_gpu else "fp32"
-    autocast = functools.partial(torch.autocast, device.type, dtype=torch.float16 if amp == "fp16" else torch.bfloat16,
-                                 enabled=amp != "fp32")
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    amp, autocast, scaler = mixed_precision(recipe.amp, device)
     optimizer = torch.optim.AdamW(param_groups(model, recipe.weight_decay), lr=0.0, betas=(0.9, recipe.beta2),
                                   fused=on_gpu)
     last, lines = os.path.join(recipe.out, "last.pt"), os.path.join(recipe.out, "log.jsonl")
-    fingerprint, step, skipped = data.fingerprint(samples), 0, 0
+    fingerprint, step, skipped = layouts.fingerprint(samples), 0, 0
     for path in (last, lines):
         if os.path.exists(path) and not recipe.resume:
             raise ValueError(f"{path} exists: go on with --resume, or choose another --out; nothing is written over it")
     if recipe.resume and os.path.exists(last):
         checkpoint = read_checkpoint(last)
-        refuse_other_run(last, checkpoint, recipe, fingerprint)
+        refuse_other_run(last, checkpoint, recipe, fingerprint, RUN_FIELDS)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
@@ -227,22 +181,19 @@ def main():
     ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) \
         if world > 1 else model
 
-    dataset = data.PretrainDataset(
+    dataset = data.TrainDataset(
         samples, recipe.image_size, recipe.num_frames if len(grid) == 3 else None, recipe.sampling_rate,
         lambda rng: masking.draw_mask(recipe.mask, grid, recipe.mask_ratio, rng, recipe.frame_runs), recipe.seed,
         recipe.crop_scale, flip=recipe.flip)
     batches = data.EpochBatches(len(samples), recipe.batch_size, recipe.epochs, recipe.seed, rank, world,
-                                per_rank // accumulate, step)
-    workers = recipe.workers
-    if workers < 0:                                                           # a CPU is busy enough with the model
-        workers = min(16, max(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)) if on_gpu else 1
-    loader = data.make_loader(dataset, batches, workers, pin_memory=on_gpu)
+                                device_batch, step)
+    loader = data.make_loader(dataset, batches, loader_workers(recipe.workers, device), pin_memory=on_gpu)
 
     scale = recipe.batch_size / recipe.lr_batch
     say(f"recipe {name}: " + ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(recipe).items()))
     say(f"{len(samples)} {samples.kind}s, {len(samples.ignored)} other files ignored, {len(samples.missing)} "
         f"listed but missing; {steps_per_epoch} steps per epoch, {recipe.epochs} effective epochs, {total_steps} steps")
-    say(f"batch {recipe.batch_size} = {world} processes x {per_rank // accumulate} samples x {accumulate} accumulated; "
+    say(f"batch {recipe.batch_size} = {world} processes x {device_batch} samples x {accumulate} accumulated; "
         f"peak lr {recipe.lr:g} x {recipe.batch_size}/{recipe.lr_batch} = {recipe.lr * scale:g}; {amp} on {device}; "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
         f"{model.target.dim} numbers to predict per token of grid {'x'.join(map(str, grid))}")
@@ -330,7 +281,7 @@ def main():
         f"peak memory {peak_memory(device):.2f} GiB")
     if rank == 0:
         try:
-            shown = data.find_samples(recipe.data, "val")
+            shown = layouts.find_samples(recipe.data, "val")
         except (ValueError, OSError):
             say(f"{recipe.data} has no validation part: the picture shows training samples")
             shown = samples

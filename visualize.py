@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import data
+import layouts
 import masking
 import mvit
 from convert import build_maskfeat
@@ -106,14 +107,14 @@ def draw(model, recipe, paths, output, device="cpu", frames=4, seed=0):
     stride = model.encoder.patch_stride
     size = (recipe["num_frames"], *recipe["image_size"]) if video else recipe["image_size"]
     grid = tuple(n // s for n, s in zip(size, stride))
-    samples = data.Samples("video" if video else "image", list(paths), [-1] * len(paths), [])
-    dataset = data.PretrainDataset(samples, recipe["image_size"], recipe["num_frames"] if video else None,
-                                   recipe["sampling_rate"], train=False)
+    samples = layouts.Samples("video" if video else "image", list(paths), [-1] * len(paths), [])
+    dataset = data.TrainDataset(samples, recipe["image_size"], recipe["num_frames"] if video else None,
+                                recipe["sampling_rate"], train=False)
     mean, std = (torch.tensor(recipe[key]).view(3, *[1] * len(grid)) for key in ("mean", "std"))
     columns, names, movie, titles = [], [], [], []
     for i, path in enumerate(paths):
         try:
-            x = (dataset.load(path).float() / 255 - mean) / std
+            x = (dataset.view(dataset.read(path)).float() / 255 - mean) / std
         except data.UnreadableFile as error:
             print(f"left out: {error}")
             continue

@@ -1,7 +1,7 @@
 """ViT for images: plain pre-norm transformer over 16x16 patches (Sec. 5; Dosovitskiy et al., ICLR 2021).
 
 Attribute names are timm's. Class token, learned absolute positions, no relative ones, no layer scale; classification
-from the mean of the patch tokens, normalised after pooling (release). Needs only torch.
+from the mean of the patch tokens, normalised after pooling (release), or from the class token. Needs only torch.
 """
 import torch
 import torch.nn as nn
@@ -84,10 +84,12 @@ class ViT(nn.Module):
         run time: positions are resized bicubically.
     num_classes: 0 leaves out the final norm and head: the trunk that MaskFeat takes.
     drop_path: rate at the last block, growing linearly from 0. checkpointing: recompute blocks in the backward pass.
+    pool: what the head sees: "mean" of the patch tokens (release's fine-tuning), or "cls" token (timm, DeiT).
+    dropout: before the head.
     """
 
     def __init__(self, embed_dim, depth, num_heads, num_classes=1000, image_size=224, patch_size=16, drop_path=0.0,
-                 checkpointing=False):
+                 checkpointing=False, pool="mean", dropout=0.0):
         super().__init__()
         H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
         for axis, side in zip("HW", (H, W)):
@@ -95,10 +97,12 @@ class ViT(nn.Module):
                 low = side - side % patch_size
                 raise ValueError(f"image_size={H}x{W} is not divisible by patch_size {patch_size}: {axis}={side}, "
                                  f"use {low or patch_size} or {low + patch_size}")
+        if pool not in ("mean", "cls"):
+            raise ValueError(f'pool={pool!r}: use "mean" or "cls"')
         self.grid = (H // patch_size, W // patch_size)
         self.patch_stride = (patch_size, patch_size)                          # pixels per token along H, W
         self.stem_dim = self.embed_dim = embed_dim
-        self.checkpointing = checkpointing
+        self.checkpointing, self.pool, self.dropout = checkpointing, pool, dropout
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
@@ -141,11 +145,16 @@ class ViT(nn.Module):
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
         return x, grid
 
-    def forward(self, x):
-        """(B, 3, H, W) -> logits (B, num_classes), or pooled features (B, D) with num_classes=0."""
+    def features(self, x):
+        """(B, 3, H, W) -> pooled features (B, D), normed unless num_classes=0."""
         x, _ = self.encode(*self.embed(x))
-        x = x[:, 1:].mean(dim=1)                                              # release: mean of patches, then norm
-        return self.head(self.norm(x)) if hasattr(self, "head") else x
+        x = x[:, 1:].mean(dim=1) if self.pool == "mean" else x[:, 0]          # release: pooled, then normed
+        return self.norm(x) if hasattr(self, "head") else x
+
+    def forward(self, x):
+        """(B, 3, H, W) -> logits (B, num_classes), or features with num_classes=0."""
+        x = self.features(x)
+        return self.head(F.dropout(x, self.dropout, self.training)) if hasattr(self, "head") else x
 
 
 def vit_tiny(**kw):

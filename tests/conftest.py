@@ -1,4 +1,5 @@
 """Shared by the tests: the project on the path, and the inputs that tests/golden was measured on."""
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,6 +30,21 @@ def released(tmp_path_factory):
         return str(path)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    """A folder with 12 training and 4 validation clips."""
+    code = ("import sys, numpy as np; from pathlib import Path; from synthetic import draw_clip, write_video\n"
+            "for split, count in (('train', 6), ('val', 2)):\n"
+            "    for name in ('circle_growing', 'square_up_down'):\n"
+            "        folder = Path(sys.argv[1], split, name); folder.mkdir(parents=True)\n"
+            "        for i in range(count):\n"
+            "            rng = np.random.default_rng([i, len(split), len(name)])\n"
+            "            write_video(folder / f'{i}.mp4', draw_clip(rng, name)[:24])\n")
+    folder = tmp_path_factory.mktemp("clips")
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=ROOT)
+    return folder
 
 
 def golden_input(shape):

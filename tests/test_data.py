@@ -1,5 +1,6 @@
 """data.py and synthetic.py against videos that carry their frame numbers, written by PyAV on the spot."""
 
+import hashlib
 import os
 import random
 import subprocess
@@ -16,12 +17,19 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
+import layouts
 import synthetic
 
 av = pytest.importorskip("av")
 
 
 # ---------------------------------------------------------------- videos whose frames show their number
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
 
 
 def numbered_frame(number, width=64, height=48):
@@ -109,6 +117,22 @@ def test_read_clip_shows_the_frames_of_a_slow_reference(videos, name):
 def test_read_clip_16x4_at_30_fps_steps_by_4(videos):
     assert read_numbers(data.read_clip(videos["b_frames.mp4"], position=0)) == list(range(0, 64, 4))
     assert read_numbers(data.read_clip(videos["b_frames.mp4"], position=1)) == list(range(56, 120, 4))
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_segments_split_the_video_into_equal_parts(videos, name):
+    times, duration = decode_all(videos[name])
+    rng = random.Random(name)
+    for places in ([0.5] * 8, [0] * 5, [1] * 5, [rng.random() for _ in range(16)]):
+        moments = data.segment_times(times[0], duration, places)
+        assert moments == sorted(moments)
+        for j, moment in enumerate(moments):
+            assert j <= (moment - times[0]) / duration * len(places) + 1e-9 and moment <= times[0] + duration + 1e-9
+        assert read_numbers(data.read_clip(videos[name], len(places), short_side=None, places=places)) == [
+            max([k for k, time in enumerate(times) if time <= moment + 6e-4]) for moment in moments]
+    if name != "irregular.mp4":  # its header counts less than it holds
+        clip = data.read_clip(videos[name], 3, short_side=None, places=[0, 0.5, 1 - 1.5 / len(times)])
+        assert read_numbers(clip)[2] == len(times) - 1  # half a frame before the end the last frame is on display
 
 
 def test_short_video_repeats_its_last_frame(videos):
@@ -218,85 +242,27 @@ def test_read_image_modes(tmp_path):
         data.read_image(tmp_path / "cut.jpg")
 
 
-# ---------------------------------------------------------------- finding files
+def test_image_too_large_for_pillow_is_read(tmp_path, monkeypatch):
+    Image.fromarray(np.arange(200, dtype=np.uint8)[None].repeat(90, 0)).save(tmp_path / "big.jpg", quality=95)
+    whole = data.read_image(tmp_path / "big.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2500)  # refused by Pillow from 5000 pixels on
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(tmp_path / "big.jpg")
+    small = data.read_image(tmp_path / "big.jpg")
+    assert Image.MAX_IMAGE_PIXELS == 2500 and small.size == (100, 45)
+    assert np.abs(np.asarray(small).astype(float) - np.asarray(whole.reduce(2))).max() == 0
+    assert data.crop_resize(small, (0, 0, 45, 100), (8, 8)).shape == (3, 8, 8)
+    with pytest.raises(data.UnreadableFile):
+        data.read_image(tmp_path / "absent.jpg")
+    assert Image.MAX_IMAGE_PIXELS == 2500
 
 
-def touch(root, *names):
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-
-
-def names_of(samples, root):
-    return [os.path.relpath(path, root) for path in samples.paths]
-
-
-def test_layout_folders(tmp_path):
-    touch(tmp_path, "train/b/2.MP4", "train/b/10.mov", "train/a/x y.webm", "train/b/notes.txt", "train/loose.mp4",
-          "val/c/1.mkv", "train/a/._hidden.mp4")
-    train, val = data.find_samples(tmp_path), data.find_samples(tmp_path, "val")
-    assert names_of(train, tmp_path) == ["train/a/x y.webm", "train/b/10.mov", "train/b/2.MP4"]
-    assert (train.kind, train.labels, train.classes) == ("video", [0, 1, 1], ["a", "b", "c"])
-    assert sorted(os.path.basename(path) for path in train.ignored) == ["._hidden.mp4", "loose.mp4", "notes.txt"]
-    assert val.labels == [2] and val.classes == train.classes
-
-
-def test_layout_csv_with_odd_paths(tmp_path):
-    away = tmp_path / "away" / "abs.mp4"
-    touch(tmp_path, "set/a b.mp4", "set/bob's clip.mp4", 'set/say "hi" now.mp4', "set/c.mp4", "set/old.avi copy.mp4",
-          "away/abs.mp4")
-    (tmp_path / "set/train.csv").write_text(
-        '"a b.mp4" 3\na b.mp4 4\nbob\'s clip.mp4 3\n"say ""hi"" now.mp4" 5\nsay "hi" now.mp4 6\n\nc.mp4\nc.mp4 77 8\n'
-        f'old.avi copy.mp4 2\n./../set/c.mp4 9\n{away} 1\nnot there.mp4 3\r\n', newline="")
-    samples = data.find_samples(tmp_path / "set")
-    assert names_of(samples, tmp_path / "set") == [
-        "a b.mp4", "a b.mp4", "bob's clip.mp4", 'say "hi" now.mp4', 'say "hi" now.mp4', "c.mp4", "c.mp4",
-        "old.avi copy.mp4", "c.mp4", "../away/abs.mp4"]
-    assert samples.labels == [3, 4, 3, 5, 6, 0, 8, 2, 9, 1]
-    assert samples.missing == [str(tmp_path / "set/not there.mp4")]
-    with pytest.raises(ValueError, match="no val split"):
-        data.find_samples(tmp_path / "set", "val")
-    (tmp_path / "set/val.csv").write_text("c.mp4 1\nc.mp4,dog\n")
-    with pytest.raises(ValueError, match="line 2"):
-        data.find_samples(tmp_path / "set", "val")
-
-
-def test_layout_official_kinetics_csv(tmp_path):
-    header = "label,youtube_id,time_start,time_end,split\n"
-    (tmp_path / "kinetics_400_train.csv").write_text(
-        header + '"riding, a bike",-a_b,5,15,train\nabseiling,xyz,0,10,train\nzumba,gone,1,11,train\n')
-    (tmp_path / "validate.csv").write_text(header + "zumba,v1,100,110,validate\n")
-    touch(tmp_path, "train/riding a bike/-a_b_000005_000015.mp4", "xyz.mkv", "val/v1_000100_000110.mp4")
-    train, val = data.find_samples(tmp_path), data.find_samples(tmp_path, "val")
-    assert names_of(train, tmp_path) == ["train/riding a bike/-a_b_000005_000015.mp4", "xyz.mkv"]
-    assert train.classes == ["abseiling", "riding, a bike", "zumba"] == val.classes
-    assert (train.labels, val.labels, train.missing) == ([1, 0], [2], ["gone_000001_000011"])
-
-
-def test_layout_flat_and_fingerprint(tmp_path):
-    touch(tmp_path, "one/deep/b.png", "one/a.jpg", "one/readme.md")
-    samples = data.find_samples(tmp_path / "one")
-    assert names_of(samples, tmp_path / "one") == ["a.jpg", "deep/b.png"]
-    assert (samples.kind, samples.labels, samples.classes) == ("image", [-1, -1], [])
-    os.rename(tmp_path / "one", tmp_path / "two")
-    moved = data.find_samples(tmp_path / "two")
-    assert data.fingerprint(moved) == data.fingerprint(samples)
-    touch(tmp_path, "two/c.png")
-    assert data.fingerprint(data.find_samples(tmp_path / "two")) != data.fingerprint(samples)
-
-
-def test_find_samples_errors_say_what_and_where(tmp_path):
-    with pytest.raises(FileNotFoundError, match="absent"):
-        data.find_samples(tmp_path / "absent")
-    touch(tmp_path, "flat/a.mp4", "empty/readme.txt", "mixed/a.mp4", "mixed/b.png", "mixed/c.png", "half/train/x/a.mp4")
-    with pytest.raises(ValueError, match="(?s)no val split.*accepted layouts"):
-        data.find_samples(tmp_path / "flat", "val")
-    with pytest.raises(ValueError, match="no val split"):
-        data.find_samples(tmp_path / "half", "val")
-    with pytest.raises(ValueError, match="(?s)no sample.*empty.*accepted layouts"):
-        data.find_samples(tmp_path / "empty")
-    with pytest.raises(ValueError, match="1 videos and 2 images"):
-        data.find_samples(tmp_path / "mixed")
+@pytest.mark.filterwarnings("error")
+def test_palette_with_transparency_keeps_its_colours(tmp_path):
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    image.save(tmp_path / "p.png", transparency=b"\x00\x80\xff")
+    assert np.asarray(data.read_image(tmp_path / "p.png")).tolist() == [[[255, 0, 0], [0, 255, 0], [0, 0, 255]]]
 
 
 # ---------------------------------------------------------------- crops
@@ -346,11 +312,11 @@ def clip_set(tmp_path_factory):
     for k in range(6):
         write_video(root / "train" / "ab"[k % 2] / f"{k}.mp4", range(30 + 5 * k), options={"preset": "ultrafast"})
     (root / "train/a/broken.mp4").write_text("not a video")
-    return data.find_samples(root)
+    return layouts.find_samples(root)
 
 
 def dataset(samples, **more):
-    return data.PretrainDataset(samples, (32, 40), num_frames=4, sampling_rate=2, mask=random_mask, seed=3,
+    return data.TrainDataset(samples, (32, 40), num_frames=4, sampling_rate=2, mask=random_mask, seed=3,
                                 short_side=48, **more)
 
 
@@ -388,7 +354,7 @@ def test_item_layout_and_replacement_of_an_unreadable_file(clip_set):
 def test_only_unreadable_files_is_an_error_naming_them(tmp_path):
     touch(tmp_path, "a.mp4", "b.mp4")
     with pytest.raises(ValueError, match="(?s)a.mp4.*b.mp4|b.mp4.*a.mp4"):
-        dataset(data.find_samples(tmp_path))[0, 0]
+        dataset(layouts.find_samples(tmp_path))[0, 0]
 
 
 def test_randomness_depends_on_epoch_and_index_and_the_mask_has_its_own(clip_set):
@@ -405,10 +371,38 @@ def test_randomness_depends_on_epoch_and_index_and_the_mask_has_its_own(clip_set
     assert torch.equal(evaluation[0, 1]["x"], centred.transpose(0, 1))
 
 
+def test_pretraining_draws_what_it_always_drew(monkeypatch):
+    """Positions, boxes, flips, labels and masks, undecoded, as they were when the first checkpoints were trained."""
+    log = []
+
+    def read_clip(path, *arguments, **_):
+        log.append((path, arguments[:4]))
+        if path == "2.mp4":
+            raise data.UnreadableFile(path, "damaged")
+        return torch.zeros(4, 3, *[(256, 340), (455, 256)][int(path[0]) % 2], dtype=torch.uint8)
+
+    def crop_resize(frames, box, size):
+        log.append(box)
+        ramp = torch.arange(size[1], dtype=torch.uint8).expand(4, 3, *size)
+        return ramp[0] if isinstance(frames, Image.Image) else ramp
+
+    monkeypatch.setattr(data, "read_clip", read_clip)
+    monkeypatch.setattr(data, "read_image", lambda path: Image.new("RGB", (500, 375 + 10 * int(path[0]))))
+    monkeypatch.setattr(data, "crop_resize", crop_resize)
+    for kind, ending, frames in (("video", "mp4", 4), ("image", "jpg", None)):
+        samples = layouts.Samples(kind, [f"{k}.{ending}" for k in range(5)], [0, 1, 2, 3, 4], [])
+        items = data.TrainDataset(samples, (32, 40), frames, 2, random_mask, 3)
+        for epoch in range(3):
+            for index in range(5):
+                item = items[epoch, index]
+                log.append((item["x"].flatten()[0].item(), item["label"], item["mask"].flatten().tolist()))
+    assert hashlib.sha256(repr(log).encode()).hexdigest()[:16] == "2662b4e76e5bf37a"
+
+
 def test_flip_mirrors_half_of_the_samples(tmp_path):
     ramp = np.tile(np.arange(0, 240, 4, dtype=np.uint8), (60, 1))
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    items = data.PretrainDataset(data.find_samples(tmp_path), (16, 16))
+    items = data.TrainDataset(layouts.find_samples(tmp_path), (16, 16))
     flipped = [bool(x[0, 0, 0] > x[0, 0, -1]) for x in (items[epoch, 0]["x"] for epoch in range(400))]
     assert abs(np.mean(flipped) - 0.5) < 4 * 0.5 / 400 ** 0.5
     assert items[0, 0]["x"].shape == (3, 16, 16) and "mask" not in items[0, 0]
@@ -416,7 +410,7 @@ def test_flip_mirrors_half_of_the_samples(tmp_path):
 
 def test_num_frames_must_go_with_the_data(clip_set):
     with pytest.raises(ValueError, match="num_frames=None does not go with video"):
-        data.PretrainDataset(clip_set, (32, 32))
+        data.TrainDataset(clip_set, (32, 32))
 
 
 def test_workers_and_resuming_change_no_sample(clip_set):
@@ -455,6 +449,159 @@ def test_epoch_batches_refuse(wrong, message):
         data.EpochBatches(**{"num_samples": 32, "batch_size": 8, "epochs": 3} | wrong)
 
 
+# ---------------------------------------------------------------- fine-tuning: augmentation, repeats, segments
+
+
+def invert(pictures, rng):
+    """Stands for an augmentation: inverts all pictures of a clip or none."""
+    inverted = rng.random() < 0.5
+    return [Image.fromarray(255 - np.asarray(picture)) if inverted else picture for picture in pictures]
+
+
+def some_box(height, width, rng):
+    return rng.randrange(height), rng.randrange(width), 1, 1
+
+
+def test_repeats_share_the_clip_and_nothing_else(clip_set):
+    more = dict(augment=invert, erase=some_box, flip=0.5)
+    items, single = dataset(clip_set, repeats=3, **more), dataset(clip_set, **more)
+    for index in range(3):
+        item, one = items[1, index], single[1, index]
+        assert item["x"].shape == (3, 3, 4, 32, 40) and item["boxes"].shape == (3, 4) and item["seeds"].shape == (3,)
+        assert item["boxes"].dtype == item["seeds"].dtype == torch.int64
+        assert torch.equal(item["x"][0], one["x"]) and torch.equal(item["boxes"][:1], one["boxes"])
+        assert len({view.numpy().tobytes() for view in item["x"]}) == len(set(item["seeds"].tolist())) == 3
+    # Without crop, flip and augmentation the views are one clip.
+    still = dataset(clip_set, repeats=2, scale=(1, 1), ratio=(4 / 3, 4 / 3), flip=0)[0, 1]["x"]
+    assert torch.equal(still[0], still[1])
+
+
+def test_augmentation_comes_before_the_crop_of_a_clip_and_after_that_of_an_image(clip_set, tmp_path):
+    seen = []
+
+    def look(pictures, rng):
+        seen.append([picture.size for picture in pictures])
+        return pictures
+    augmented = dataset(clip_set, augment=look)[0, 1]["x"]
+    assert seen == [[(64, 48)] * 4] and torch.equal(augmented, dataset(clip_set)[0, 1]["x"])
+    Image.fromarray(np.tile(np.arange(0, 240, 4, dtype=np.uint8), (50, 1))).save(tmp_path / "ramp.png")
+    images = layouts.find_samples(tmp_path)
+    item = data.TrainDataset(images, (16, 24), augment=look)[3, 0]["x"]
+    assert seen[1:] == [[(24, 16)]] and torch.equal(item, data.TrainDataset(images, (16, 24))[3, 0]["x"])
+
+
+def test_batches_of_repeats_are_flat_and_the_same_with_workers(clip_set):
+    items = dataset(clip_set, repeats=2, augment=invert, erase=some_box, segments=True)
+    batches = data.EpochBatches(len(clip_set), 3, 2, 3)
+    for one, two in zip(data.make_loader(items, batches, 0), data.make_loader(items, batches, 2), strict=True):
+        assert one["x"].shape == (6, 3, 4, 32, 40) and one["boxes"].shape == (6, 4)
+        assert one["label"].shape == one["index"].shape == one["seeds"].shape == (6,) and one["mask"].shape[0] == 6
+        assert torch.equal(one["index"][0::2], one["index"][1::2]) and len(set(one["index"].tolist())) == 3
+        assert_same(one, two)
+        assert torch.equal(one["boxes"], two["boxes"]) and torch.equal(one["seeds"], two["seeds"])
+    first = items[0, one["index"][0].item()]
+    assert first["x"].shape[0] == 2
+
+
+def test_segments_draw_each_moment_in_its_own_part(videos, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(data, "read_clip", lambda *_, places, **more: drawn.append(places) or torch.zeros(
+        8, 3, 48, 64, dtype=torch.uint8))
+    samples = layouts.Samples("video", [videos["b_frames.mp4"]], [0], [])
+    items = data.TrainDataset(samples, (32, 32), 8, segments=True)
+    for epoch in range(200):
+        items[epoch, 0]
+    drawn = np.array(drawn)
+    assert drawn.shape == (200, 8) and drawn.min() >= 0 and drawn.max() < 1
+    assert (np.abs(drawn.mean(0) - 0.5) < 4 * 12 ** -0.5 / 200 ** 0.5).all()
+    assert np.abs(np.corrcoef(drawn.T) - np.eye(8)).max() < 4 / 200 ** 0.5
+
+
+# ---------------------------------------------------------------- views for a test
+
+
+def test_views_are_spread_from_the_first_frame_to_the_last(videos):
+    for name, frames in (("b_frames.mp4", 120), ("mpeg4.avi", 80), ("late_start.mp4", 100)):
+        views = data.read_views(videos[name], (48, 64), 16, 2, clips=5, crop_ratio=1)
+        assert views.shape == (5, 3, 16, 48, 64) and views.dtype == torch.uint8 and views.is_contiguous()
+        numbers = [read_numbers(clip.transpose(0, 1)) for clip in views]
+        assert numbers[0][0] == 0 and numbers[-1][-1] + 2 == frames  # the last of 16 frames stands for two
+        assert numbers == [expected_numbers(videos[name], 16, 2, c / 4) for c in range(5)]
+        middle, = data.read_views(videos[name], (48, 64), 16, 2, crop_ratio=1)
+        assert read_numbers(middle.transpose(0, 1)) == numbers[2]
+        midpoints, = data.read_views(videos[name], (48, 64), 4, segments=True, crop_ratio=1)
+        assert read_numbers(midpoints.transpose(0, 1)) == [
+            int((j + 0.5) / 4 * frames + 6e-3) for j in range(4)]
+
+
+def test_one_decode_gives_what_a_decode_per_clip_gives(videos):
+    views = data.read_views(videos["open_gop.mp4"], (24, 24), 4, 4, clips=4)
+    for c, view in enumerate(views):
+        frames = data.read_clip(videos["open_gop.mp4"], 4, 4, c / 3, short_side=27)
+        assert torch.equal(view, frames[:, :, 1:25, 6:30].transpose(0, 1))  # of 27 x 36
+
+
+@pytest.mark.parametrize("size", [(48, 48), (48, 40), (24, 24)])
+@pytest.mark.parametrize("rotation", [0, 90])
+def test_three_crops_cover_the_frame(tmp_path, videos, size, rotation):
+    path = write_video(tmp_path / "r.mp4", range(7), rotation=rotation) if rotation else videos["short.mp4"]
+    size = size[::-1] if rotation else size
+    height, width = (64, 48) if rotation else (48, 64)
+    views = data.read_views(path, size, 3, 1, clips=2, crops=3)
+    assert views.shape == (6, 3, 3, *size)
+    scale = max(size[0] / height, size[1] / width)
+    whole = data.read_clip(path, 3, 1, 1, short_side=min(round(height * scale), round(width * scale))).transpose(0, 1)
+    left, centre, right = views[3:]
+    axis, side = (2, size[0]) if rotation else (3, size[1])
+    long = whole.shape[axis]
+    assert whole.shape[2:] == (round(height * scale), round(width * scale)) and long <= 3 * side
+    for crop, start in ((left, 0), (centre, (long - side) // 2), (right, long - side)):
+        assert torch.equal(crop, whole.narrow(axis, start, side))
+
+
+def test_views_of_images(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 100, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    one, = data.read_views(tmp_path / "a.png", (28, 28))
+    reference = np.asarray(Image.fromarray(noise).resize((53, 32), Image.BICUBIC))[2:30, 12:40]
+    assert np.array_equal(one.permute(1, 2, 0).numpy(), reference)
+    three = data.read_views(tmp_path / "a.png", (30, 30), crops=3)
+    reference = np.asarray(Image.fromarray(noise).resize((50, 30), Image.BICUBIC))
+    for view, left in zip(three, (0, 10, 20), strict=True):
+        assert np.array_equal(view.permute(1, 2, 0).numpy(), reference[:, left:left + 30])
+    assert data.read_views(tmp_path / "a.png", (20, 61)).shape == (1, 3, 20, 61)
+
+
+def test_view_dataset_draws_nothing_and_counts_every_file(clip_set, monkeypatch):
+    items = data.ViewDataset(clip_set, (24, 32), 4, 2, clips=2, crops=3)
+    broken = [k for k, path in enumerate(clip_set.paths) if "broken" in path][0]
+    before = random.getstate(), torch.get_rng_state()
+    monkeypatch.setattr(data, "sample_rng", None)  # nor from a generator of its own
+    batches = list(data.make_view_loader(items, range(7), 3, 0))
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+    assert [batch["x"].shape for batch in batches] == [(n, 6, 3, 4, 24, 32) for n in (3, 3, 1)]
+    assert torch.cat([batch["index"] for batch in batches]).tolist() == list(range(7)) and items.views == 6
+    assert torch.cat([batch["label"] for batch in batches]).tolist() == clip_set.labels
+    assert [path for batch in batches for path, _ in batch["unreadable"]] == [clip_set.paths[broken]]
+    x = torch.cat([batch["x"] for batch in batches])
+    assert x[broken].max() == 0 and all(x[k].float().std() > 1 for k in range(7) if k != broken)
+    shares = [list(data.make_view_loader(items, range(rank, 7, 2), 2, 2)) for rank in range(2)]  # two ranks, workers
+    for rank, share in enumerate(shares):
+        assert torch.equal(torch.cat([batch["x"] for batch in share]), x[rank::2])
+    assert list(data.make_view_loader(items, range(7, 7), 2, 2)) == []
+
+
+def test_views_refuse(clip_set):
+    for wrong, message in ((dict(crops=2), "crops=2"), (dict(clips=0), "clips=0"),
+                           (dict(crop_ratio=1.2), "crop_ratio=1.2"),
+                           (dict(num_frames=None), "num_frames=None does not go with video")):
+        with pytest.raises(ValueError, match=message):
+            data.ViewDataset(clip_set, **{"image_size": (24, 24), "num_frames": 4} | wrong)
+
+
+# ---------------------------------------------------------------- the end of a process
+
+
 def test_signals_to_the_group_spare_workers_and_exit_is_quick(tmp_path):
     """SIGINT and SIGTERM leave the workers alone; a parent that ends with a live loader does not hang on them."""
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
@@ -463,7 +610,8 @@ def test_signals_to_the_group_spare_workers_and_exit_is_quick(tmp_path):
 import multiprocessing, os, signal, sys, time
 sys.path.insert(0, {os.path.dirname(data.__file__)!r})
 import data
-items = data.PretrainDataset(data.find_samples({str(tmp_path)!r}), (16, 16))
+import layouts
+items = data.TrainDataset(layouts.find_samples({str(tmp_path)!r}), (16, 16))
 batches = iter(data.make_loader(items, data.EpochBatches(1, 1, 500), 2))
 next(batches), next(batches)  # one from each worker: both have started
 for worker in multiprocessing.active_children():
@@ -501,9 +649,9 @@ def test_synthetic_clips_are_deterministic_and_differ(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "CLIPS", {"train": 1, "val": 1})
     synthetic.make_part(tmp_path / "one", 0, 1, 8)
     synthetic.make_part(tmp_path / "two", 0, 1, 4)  # other parts, same clips
-    samples = data.find_samples(tmp_path / "one")
-    assert len(data.find_samples(tmp_path / "two")) > len(samples) > 0
-    for path in samples.paths + data.find_samples(tmp_path / "one", "val").paths:
+    samples = layouts.find_samples(tmp_path / "one")
+    assert len(layouts.find_samples(tmp_path / "two")) > len(samples) > 0
+    for path in samples.paths + layouts.find_samples(tmp_path / "one", "val").paths:
         assert Path(path).read_bytes() == (tmp_path / "two" / os.path.relpath(path, tmp_path / "one")).read_bytes()
     clip = data.read_clip(samples.paths[0], short_side=None)
     assert clip.shape == (16, 3, 96, 128) and clip.float().std() > 10

@@ -99,6 +99,69 @@ def test_sizes_and_gradients(options, shape):
     assert all(".rel_pos_" in n or ".pool_" in n for n in unused), unused
 
 
+@pytest.mark.parametrize("T, side", [(40, 312), (40, 352)])
+def test_large_inputs_through_the_large_model(T, side):
+    """The paper's largest inputs (Table 3), shapes only."""
+    with torch.device("meta"):
+        model = MODELS["mvitv2_l"](num_frames=T, image_size=side, expand="attn").eval()
+        assert model(torch.empty(1, 3, T, side, side)).shape == (1, 400)
+
+
+def test_312_resizes_tables_on_the_fly(monkeypatch):
+    """At 312 the grid is 78, 39, 20, 10, but tables are made for 19 and 9 (release): equal to the plain forms, and each
+    row of a table is trained but those of distances that do not occur."""
+    torch.manual_seed(0)
+    model = MViT(16, 1, (1, 1, 1, 2), num_classes=5, num_frames=4, image_size=312).double()
+    assert [len(block.attn.rel_pos_h) for block in model.blocks] == [155, 77, 37, 37, 17]
+    x = torch.randn(1, 3, 4, 312, 312, dtype=torch.float64)
+    outputs, grids = [], []
+    for block in model.blocks:
+        block.register_forward_hook(lambda m, args, out: grids.append(out[1]))
+    for attention, pool in ((mvit.attention, mvit.MultiScaleAttention.pool), (plain_attention, plain_pool)):
+        monkeypatch.setattr(mvit, "attention", attention)
+        monkeypatch.setattr(mvit.MultiScaleAttention, "pool", pool)
+        model.zero_grad()
+        logits = model(x)
+        logits.square().sum().backward()
+        outputs.append([logits.detach(), *(p.grad for p in model.parameters())])
+    for ours, plain in zip(*outputs):
+        torch.testing.assert_close(ours, plain, rtol=1e-7, atol=1e-9)
+    assert outputs[0][0].shape == (1, 5) and outputs[0][0].isfinite().all()
+    assert grids == 2 * [(2, 78, 78), (2, 39, 39), (2, 20, 20), (2, 10, 10), (2, 10, 10)]
+
+    never = {f"blocks.{i}.attn.rel_pos_{axis}": rows for axis in "hw"
+             for i, rows in ((0, list(range(148, 155))), (1, [76]))}          # largest distance: 77 + 9 * 78 / 10 = 147
+    for (name, _), grad in zip(model.named_parameters(), outputs[0][1:], strict=True):
+        rows = grad if ".rel_pos_" in name else grad.flatten()[None]
+        assert rows.eq(0).all(dim=1).nonzero().flatten().tolist() == never.get(name, []), name
+
+
+@pytest.mark.parametrize("expand", ["mlp", "attn"])
+def test_widening(expand):
+    """Width doubles in the block before a transition, with the shortcut from norm2(x); or at the transition, with the
+    shortcut from norm1(x), then max-pooled (release)."""
+    torch.manual_seed(0)
+    block = tiny(expand=expand).double().blocks[0 if expand == "mlp" else 1]
+    assert [block.dim, block.dim_att, block.dim_out] == ([16, 16, 32] if expand == "mlp" else [16, 32, 32])
+    thw = (2, 16, 16)
+    x = torch.randn(2, 1 + 2 * 16 * 16, 16, dtype=torch.float64)
+    ours, pooled = block(x, thw)
+
+    attended, _ = block.attn(block.norm1(x), thw)
+    if expand == "mlp":
+        y = x + attended
+        want = block.proj(block.norm2(y)) + block.mlp(block.norm2(y))
+        assert pooled == (2, 16, 16)
+    else:
+        skip = block.proj(block.norm1(x))
+        patches = skip[:, 1:].transpose(1, 2).unflatten(2, thw)
+        patches = F.max_pool3d(patches, (1, 3, 3), (1, 2, 2), (0, 1, 1)).flatten(2).transpose(1, 2)
+        y = torch.cat([skip[:, :1], patches], dim=1) + attended
+        want = y + block.mlp(block.norm2(y))
+        assert pooled == (2, 8, 8)
+    torch.testing.assert_close(ours, want)
+
+
 def test_single_clip_equals_batch():
     model = tiny().eval()
     x = torch.randn(3, 3, 4, 64, 64)

@@ -1,64 +1,32 @@
 """The script itself, as a process: it trains, is killed, goes on, and refuses what it should."""
-import json
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from conftest import ROOT
+import runs
 from engine import read_checkpoint
+from runs import assert_same_weights, log_of
 
 # 12 clips, batch 4: 3 steps per epoch, 9 steps. Batches, masks and lr come from the recipe alone.
 TINY = ["--image-size", "32", "--num-frames", "4", "--output-stride", "8", "--sampling-rate", "2", "--batch-size", "4",
         "--epochs", "3", "--warmup-epochs", "1", "--log-every", "1", "--workers", "0", "--drop-path", "0.2"]
 
 
-@pytest.fixture(scope="session")
-def clips(tmp_path_factory):
-    """A folder with 12 training and 4 validation clips."""
-    code = ("import sys, numpy as np; from pathlib import Path; from synthetic import draw_clip, write_video\n"
-            "for split, count in (('train', 6), ('val', 2)):\n"
-            "    for name in ('circle_growing', 'square_up_down'):\n"
-            "        folder = Path(sys.argv[1], split, name); folder.mkdir(parents=True)\n"
-            "        for i in range(count):\n"
-            "            rng = np.random.default_rng([i, len(split), len(name)])\n"
-            "            write_video(folder / f'{i}.mp4', draw_clip(rng, name)[:24])\n")
-    folder = tmp_path_factory.mktemp("clips")
-    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=ROOT)
-    return folder
+def flags_of(data, out, *flags):
+    return "--data", data, "--out", out, *TINY, *flags
 
 
-def command(data, out, *flags, processes=1):
-    launch = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*launch, str(ROOT / "pretrain.py"), "--data", str(data), "--out", str(out), *TINY, *map(str, flags)]
+def run(data, out, *flags, **kw):
+    return runs.run("pretrain.py", *flags_of(data, out, *flags), **kw)
 
 
-def run(*args, **kw):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(*args, **kw), capture_output=True, text=True, env=env, timeout=300)
-
-
-def log_of(out):
-    return [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
-
-
-def assert_same_weights(a, b):
-    a, b = (read_checkpoint(os.path.join(out, "last.pt")) for out in (a, b))
-    assert a["step"] == b["step"]
-    assert a["model"].keys() == b["model"].keys()
-    for name in a["model"]:
-        assert torch.equal(a["model"][name], b["model"][name]), name
-    for key, state in a["optimizer"]["state"].items():
-        assert all(torch.equal(value, b["optimizer"]["state"][key][name]) for name, value in state.items())
+def kill_at(step, data, out, *flags, **kw):
+    return runs.kill_at(step, out, "pretrain.py", *flags_of(data, out, *flags), **kw)
 
 
 @pytest.fixture(scope="session")
@@ -87,29 +55,6 @@ def test_run(finished):
         with Image.open(out / name) as picture:
             assert np.asarray(picture.convert("RGB")).std() > 10              # not blank
     assert sorted(os.listdir(out)) == ["last.pt", "log.jsonl", "loss.png", "prediction.gif", "prediction.png"]
-
-
-def kill_at(step, *args, sent=signal.SIGKILL, **kw):
-    """Start a run, and kill it and all its children once its log shows `step`."""
-    out = args[1]
-    process = subprocess.Popen(command(*args, **kw), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
-    try:
-        for _ in range(2400):
-            if os.path.exists(out / "log.jsonl") and any(d["step"] >= step for d in log_of_live(out)):
-                break
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.05)
-        (os.killpg if sent == signal.SIGKILL else os.kill)(process.pid, sent)
-        output = process.communicate(timeout=120)[0]
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, output
-
-
-def log_of_live(out):
-    return [json.loads(line) for line in open(out / "log.jsonl") if line.endswith("\n")]
 
 
 @pytest.mark.parametrize("processes, workers", [(1, 0), (1, 2), (2, 0)])
@@ -244,16 +189,13 @@ def test_images_and_visualize(tmp_path):
         for i in range(count):
             Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8)).save(tmp_path / "data" / split / f"a/{i}.png")
     out = tmp_path / "out"
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(ROOT / "pretrain.py"), "--data", str(tmp_path / "data"), "--out", str(out),
-                           "--model", "vit_tiny", "--image-size", "32", "--epochs", "1", "--batch-size", "4", "--workers",
-                           "0", "--target", "pixel", "--pixel-norm", "patch"], capture_output=True, text=True, env=env)
+    done = runs.run("pretrain.py", "--data", tmp_path / "data", "--out", out, "--model", "vit_tiny", "--image-size", 32,
+                    "--epochs", 1, "--batch-size", 4, "--workers", 0, "--target", "pixel", "--pixel-norm", "patch")
     assert done.returncode == 0, done.stderr
     picture = tmp_path / "figure.png"
-    done = subprocess.run([sys.executable, str(ROOT / "visualize.py"), "--checkpoint", str(out / "last.pt"), "--input",
-                           str(tmp_path / "data/val/a/0.png"), "--output", str(picture)], capture_output=True, text=True)
+    done = runs.run("visualize.py", "--checkpoint", out / "last.pt", "--input", tmp_path / "data/val/a/0.png", "--output",
+                    picture)
     assert done.returncode == 0, done.stderr
     assert np.asarray(Image.open(picture)).std() > 10
-    done = subprocess.run([sys.executable, str(ROOT / "visualize.py"), "--checkpoint", str(out / "last.pt"), "--input",
-                           "nothing.png", "--output", str(picture)], capture_output=True, text=True)
+    done = runs.run("visualize.py", "--checkpoint", out / "last.pt", "--input", "nothing.png", "--output", picture)
     assert done.returncode == 2 and "nothing.png" in done.stderr and "Traceback" not in done.stderr

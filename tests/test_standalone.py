@@ -1,4 +1,4 @@
-"""The files made to be copied out import and work alone, without Pillow, PyAV or tqdm."""
+"""The files made to be copied out import and work alone, without Pillow (but for augment), PyAV or tqdm."""
 import shutil
 import subprocess
 import sys
@@ -13,6 +13,8 @@ USES = {
     "vit": "assert vit.MODELS['vit_tiny'](num_classes=5)(torch.randn(2, 3, 64, 64)).shape == (2, 5)",
     "mvit": "assert mvit.MODELS['mvit_tiny'](num_classes=5, num_frames=4, image_size=64)"
             "(torch.randn(1, 3, 4, 64, 64)).shape == (1, 5)",
+    "augment": "import random; image = augment.Image.new('RGB', (8, 8)); "
+               "assert len(augment.rand_augment([image, image], random.Random(0))) == 2",
     "maskfeat": "assert maskfeat.resize_mask(torch.ones(1, 2, 2) > 0, (4, 4)).all()",
 }
 
@@ -20,7 +22,8 @@ USES = {
 @pytest.mark.parametrize("name", USES)
 def test_leaf_works_alone(name, tmp_path):
     shutil.copy(ROOT / f"{name}.py", tmp_path)
-    code = ("import sys\nfor other in ('PIL', 'av', 'tqdm'): sys.modules[other] = None\n"
+    blocked = ("av", "tqdm") if name == "augment" else ("PIL", "av", "tqdm")
+    code = (f"import sys\nfor other in {blocked}: sys.modules[other] = None\n"
             f"import torch, {name}\n{USES[name]}")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

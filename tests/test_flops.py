@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+import mvit
+import vit
+from flops import count_flops
+from maskfeat import MaskFeat
+from plain import plain_attention, plain_pool
+from targets import HOGTarget
+
+MODELS = {**mvit.MODELS, **vit.MODELS}
+
+
+def small(**kw):
+    """Used at 80 pixels a side: grids of 20, 10, 5, 3, and tables to resize."""
+    return mvit.MViT(16, 2, (1, 1, 2, 1), **{"num_classes": 5, "num_frames": 4, "image_size": 64, **kw})
+
+
+@pytest.mark.parametrize("name, T, side, expand, parameters, gflops, gmacs", [
+    ("mvitv2_s", 16, 224, "mlp", 36_475_120, "71.41", "71.16"),
+    ("mvitv2_l", 16, 224, "mlp", 217_578_064, "377.79", "376.82"),
+    ("vit_b", None, 224, None, 86_567_656, "17.58", "17.56"),
+    ("vit_l", None, 224, None, 304_326_632, "61.60", "61.55"),
+    ("mvitv2_l", 32, 312, "mlp", 217_720_048, "2125.2", None),
+    ("mvitv2_l", 40, 312, "mlp", 217_747_696, "2905.3", None),
+    ("mvitv2_l", 40, 352, "mlp", 217_795_792, "3886.9", None),
+    ("mvitv2_l", 32, 312, "attn", 213_362_464, "2063.4", None),
+    ("mvitv2_l", 40, 312, "attn", 213_390_112, "2828.1", None),
+    ("mvitv2_l", 40, 352, "attn", 213_438_208, "3790.3", None),
+    ("mvitv2_l", 16, 224, "attn", 213_220_480, "362.1", None),
+    ("mvitv2_s", 16, 224, "attn", 34_537_744, "64.5", None)])
+def test_figures_of_the_release(name, T, side, expand, parameters, gflops, gmacs):
+    """Measured on the official classes, with fvcore or in its convention: equal in every digit."""
+    options = {"num_frames": T, "expand": expand} if T else {}
+    with torch.device("meta"):
+        model = MODELS[name](image_size=side, **options)
+    count = count_flops(model, (1, 3, T, side, side) if T else (1, 3, side, side))
+    assert count["parameters"] == parameters
+    digits = len(gflops.split(".")[1])
+    assert f"{count['flops'] / 1e9:.{digits}f}" == gflops
+    assert gmacs is None or f"{count['macs'] / 1e9:.2f}" == gmacs
+
+
+def test_layer_by_layer():
+    """A ViT of one block, by hand."""
+    model = vit.ViT(8, 1, 2, num_classes=3, image_size=32, patch_size=16)
+    N = 1 + 4
+    macs = 4 * 8 * 3 * 16 * 16 + N * 8 * 24 + 2 * N * N * 8 + N * 8 * 8 + 2 * N * 8 * 32 + 8 * 3
+    count = count_flops(model, (1, 3, 32, 32))
+    assert count == {"flops": macs + 5 * (2 * N * 8 + 8), "macs": macs,
+                     "parameters": sum(p.numel() for p in model.parameters())}
+
+
+@pytest.mark.parametrize("expand", ["mlp", "attn"])
+def test_our_forms_cost_what_the_plain_ones_do(expand, monkeypatch):
+    """Wider queries, padded heads and pooling frame by frame leave no trace: the count is that of the equations."""
+    model = small(expand=expand)
+    ours = count_flops(model, (1, 3, 4, 80, 80))
+    monkeypatch.setattr(mvit, "attention", plain_attention)
+    monkeypatch.setattr(mvit.MultiScaleAttention, "pool", plain_pool)
+    assert ours == count_flops(model, (1, 3, 4, 80, 80))
+
+
+def test_same_anywhere_and_nothing_changed():
+    with torch.device("meta"):
+        want = count_flops(small(), (1, 3, 4, 80, 80))
+    model = small(checkpointing=True, drop_path=0.1)
+    model.blocks.eval()                                                       # as when only the head is trained
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    parameters = list(model.parameters())
+    assert count_flops(model, (1, 3, 4, 80, 80)) == want
+    with torch.autocast("cpu", torch.bfloat16):
+        twice = count_flops(model, (2, 3, 4, 80, 80))
+    assert twice == {"flops": 2 * want["flops"], "macs": 2 * want["macs"], "parameters": want["parameters"]}
+
+    assert model.training and not any(block.training for block in model.blocks)
+    assert all(p is q and p.requires_grad for p, q in zip(parameters, model.parameters(), strict=True))
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_pretraining_model():
+    """Encoder and head: what the trunk costs, a LayerNorm and a Linear for each of 2*5*5 tokens; HOG is not counted."""
+    trunk = small(num_classes=0, output_stride=16)
+    alone = count_flops(trunk, (1, 3, 4, 80, 80))
+    count = count_flops(MaskFeat(trunk, HOGTarget(patch_size=16)), (1, 3, 4, 80, 80))
+    assert count["macs"] == alone["macs"] + 50 * 128 * 108
+    assert count["flops"] - count["macs"] == alone["flops"] - alone["macs"] + 5 * 50 * 128
+    assert count["parameters"] == alone["parameters"] + 16 + 2 * 128 + 128 * 108 + 108
+
+
+@pytest.mark.parametrize("model, shape, words", [(small, (3, 4, 64, 64), r"\(1, 3, T, H, W\)"),
+                                                 (vit.vit_tiny, (3, 64, 64), r"\(1, 3, H, W\)")])
+def test_errors(model, shape, words):
+    with pytest.raises(ValueError, match=words):
+        count_flops(model(), shape)
