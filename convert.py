@@ -24,7 +24,6 @@ from maskfeat import MaskFeat
 from targets import TARGETS
 
 ENCODERS = {**mvit.MODELS, **vit.MODELS}
-torch.serialization.add_safe_globals([argparse.Namespace])   # MAE and DINO store their options so: attributes, no code
 
 # Tables: (fragment of their names, of ours), at a name's start or after a dot; the first that occurs counts, None drops
 # the tensor, other names stay. Ours are mvit.py's and vit.py's, with "maskfeat." before what only pre-training has.
@@ -281,9 +280,6 @@ def foreign_recipe(checkpoint):
         if said := re.search(rf"\b{key.upper()}:((?:[\s\[,-]+[\d.]+){{3}})", cfg):
             recipe[key] = tuple(float(number) for number in re.findall(r"[\d.]+", said[1]))
     return recipe
-
-
-released_recipe = foreign_recipe
 
 
 # ------------------------------------------------------------------------------------------------------- command line

@@ -185,14 +185,16 @@ def save_checkpoint(path, checkpoint):
 
 
 def read_checkpoint(path):
-    """The dict in a checkpoint file, on the CPU. Only tensors and plain values are unpickled: no code of the file runs.
+    """The dict in a checkpoint file, on the CPU. Only tensors, plain values and argparse.Namespace (MAE and DINO keep their
+    options in one) are unpickled: no code of the file runs.
 
     Raises FileNotFoundError, or ValueError for a file that is damaged or holds anything else.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                                # zip, pickle, EOF, OS: all mean the same
         reason = str(error).strip().splitlines()
         reason = next((line for line in reason if "WeightsUnpickler" in line or "nsupported" in line), reason[0]) \

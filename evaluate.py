@@ -156,10 +156,12 @@ def write_features(path, records, samples):
 def linear_probe(train, val, num_classes, device, lrs=(0.03, 0.1, 0.3, 1.0, 3.0), epochs=100, batch_size=256, seed=0):
     """A linear classifier on frozen features for each learning rate, all trained in one pass by SGD without decay.
 
-    train, val: (features, labels), lists of n vectors (D,) and n numbers; features are standardised by the training set's mean and deviation.
+    train, val: (features, labels), lists of n vectors (D,) and n numbers. Features are standardised by the training set's
+    mean and deviation.
     Returns [(lr, top-1 on train, top-1 on val)]. The best of them is chosen on the data it is measured on: say so.
     """
-    (x, y), (x_val, y_val) = [(torch.tensor(np.stack(x), device=device), torch.tensor(y, device=device)) for x, y in (train, val)]
+    (x, y), (x_val, y_val) = ((torch.tensor(np.stack(features), device=device), torch.tensor(labels, device=device))
+                              for features, labels in (train, val))
     mean, std = x.mean(dim=0), x.std(dim=0) + 1e-6
     x, x_val = (x - mean) / std, (x_val - mean) / std
     seed_all(seed)

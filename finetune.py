@@ -165,7 +165,7 @@ RUN_FIELDS = {"data", "out", "init", "resume", "baseline", "device_batch", "amp"
               "probe", "flops"}
 # What a checkpoint says of itself when it is tested.
 MODEL_FIELDS = ("model", "num_classes", "image_size", "num_frames", "sampling_rate", "segments", "patch_size", "expand",
-                "pool", "mean", "std", "crop_ratio", "data")
+                "pool", "mean", "std", "clips", "crops", "crop_ratio", "data")
 
 
 def check(recipe):
@@ -197,31 +197,29 @@ def find(recipe, split, classes=()):
     if min(samples.labels) < 0:
         raise ValueError(f"{recipe.data}: {sum(label < 0 for label in samples.labels)} of {len(samples)} files of its {split} "
                          "part have no label: put them into a folder per class, or give a csv with labels")
-    names = list(classes or samples.classes or map(str, range(recipe.num_classes or max(samples.labels) + 1)))
-    if samples.classes and len(samples.classes) == len(names) and list(samples.classes) != names \
-            and not names[0].isdigit():
-        raise ValueError(f"the classes of {recipe.data}, {', '.join(samples.classes[:3])} ..., are not the {len(names)} of the "
-                         f"checkpoint, {', '.join(names[:3])} ...")
-    if recipe.num_classes not in (0, len(names)) or samples.classes and len(samples.classes) != len(names):
-        raise ValueError(f"{recipe.data} has {len(samples.classes or names)} classes, not "
-                         f"{recipe.num_classes or len(names)}: choose other data, or leave out --num-classes")
+    named = list(samples.classes)
+    if classes and named and named != list(classes) and len(named) == len(classes) and not classes[0].isdigit():
+        raise ValueError(f"the classes of {recipe.data}, {', '.join(named[:3])} ..., are not those of the checkpoint, "
+                         f"{', '.join(classes[:3])} ...")
+    names = list(classes) or named or [str(i) for i in range(recipe.num_classes or max(samples.labels) + 1)]
+    if len(named or names) != len(names) or len(names) != (recipe.num_classes or len(names)):
+        raise ValueError(f"{recipe.data} has {len(named or names)} classes, not {recipe.num_classes or len(names)}: choose other "
+                         "data, or leave out --num-classes")
     if max(samples.labels) >= len(names):
-        raise ValueError(f"label {max(samples.labels)} in the {split} part of {recipe.data} is not among {len(names)} classes")
+        raise ValueError(f"label {max(samples.labels)} in the {split} part of {recipe.data} is beyond its {len(names)} classes")
     return samples, names
 
 
 def load_for_test(recipe, given, say):
-    """(recipe, model, names of the classes or []) of the checkpoint recipe.eval; flags that were given count more than it."""
+    """(recipe, model, names of the classes or []) of the checkpoint recipe.eval; flags that were given go before it."""
     checkpoint = read_checkpoint(recipe.eval)
     form, state = recognise(checkpoint)
     stored = foreign_recipe(checkpoint)                                       # ours tell theirs
-    recipe = replace(recipe, **{key: stored[key] for key in MODEL_FIELDS if key in stored and key not in given})
+    recipe = replace(recipe, **{key: stored.get(key, getattr(Recipe(), key)) for key in MODEL_FIELDS if key not in given})
     model = build_classifier({**dataclasses.asdict(recipe), "drop_path": 0.0, "dropout": 0.0})
     report = load_weights(model, recipe.eval, verbose=False)
     if recipe.num_classes and any(name.startswith("head") for name in report["fresh"]):
-        found = [tuple(tensor.shape)[0] for name, tensor in state.items() if name.endswith(("head.projection.bias", "head.bias"))]
-        raise ValueError(f"{recipe.eval} has {'a head for %d' % found[0] if found else 'no head for'} classes, not "
-                         f"{recipe.num_classes}")
+        raise ValueError(f"{recipe.eval} has {stored.get('num_classes', 0)} classes, not {recipe.num_classes}")
     say(f"{recipe.eval} ({form}): {recipe.model}, {recipe.num_classes} classes, "
         + (f"{recipe.num_frames} frames at stride {recipe.sampling_rate}, " if recipe.model in mvit.MODELS else "")
         + f"{recipe.image_size[0]}x{recipe.image_size[1]} pixels"
@@ -259,7 +257,7 @@ def run_test(model, recipe, samples, classes, stem, device, rank, world, say):
     _, autocast, _ = mixed_precision(recipe.amp, device)
     dataset = views_of(samples, recipe, recipe.clips, recipe.crops)
     cost = flops_of(recipe, len(classes))
-    say(f"testing {len(samples)} {samples.kind}s, {dataset.clips * dataset.crops} views each: {cost['flops'] / 1e9:.4g} GFLOPs x "
+    say(f"testing {len(samples)} {samples.kind}s, {dataset.views} views each: {cost['flops'] / 1e9:.4g} GFLOPs x "
         f"{dataset.clips} clips x {dataset.crops} crops, {cost['parameters'] / 1e6:.4g} M parameters")
     results = evaluate.test(forward_of(model.eval(), recipe, device, autocast), dataset, classes, device, recipe.device_batch,
                             loader_workers(recipe.workers, device), rank, world)
@@ -525,6 +523,8 @@ def examine(recipe, given, rank, world, device, say):
         stem = os.path.splitext(recipe.eval)[0]
         run_test(model, recipe, samples, classes, stem, device, rank, world, say)
         return
+    if recipe.probe:
+        classes = find(replace(recipe, num_classes=0), "train")[1]
     forward, features = forward_of(model.features, recipe, device, autocast), {}
     for split in ("train", "val") if recipe.probe else ("val",):
         samples = layouts.find_samples(recipe.data, split)
@@ -537,7 +537,6 @@ def examine(recipe, given, rank, world, device, say):
         evaluate.write_features(recipe.features, records, samples)
         say(f"wrote {recipe.features}: {len(records)} x {len(records[0][2][0])} features of the validation part")
     if recipe.probe:
-        classes = find(recipe, "train")[1]
         scores = evaluate.linear_probe(features["train"], features["val"], len(classes), device, seed=recipe.seed)
         for lr, fit, top1 in scores:
             say(f"linear probe, lr {lr:g}: top-1 {100 * fit:.2f} on train, {100 * top1:.2f} on val")

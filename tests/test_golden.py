@@ -10,14 +10,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import mvit
 import vit
 from conftest import GOLDEN, golden_input, golden_mask
-from convert import build_maskfeat, load_weights, read_checkpoint, recognise, released_recipe
+from convert import build_maskfeat, foreign_recipe, load_weights, read_checkpoint, recognise
 from engine import lr_at, param_groups
 
 MODELS = {**mvit.MODELS, **vit.MODELS}
 
 
 def released_maskfeat(path):
-    model = build_maskfeat(released_recipe(recognise(read_checkpoint(path))[1]))
+    model = build_maskfeat(foreign_recipe(recognise(read_checkpoint(path))[1]))
     load_weights(model, path, verbose=False)
     return model
 
