@@ -1,4 +1,4 @@
-"""Plumbing shared by the training scripts: processes, batches, schedule, parameter groups, checkpoints, logs, command line.
+"""Plumbing shared by the training scripts: processes, batches, schedule, parameter groups, checkpoints, command line.
 
 Nothing here knows of masks, targets or labels; forward, backward, clipping and stepping stay in the scripts.
 """
@@ -207,11 +207,13 @@ def read_checkpoint(path):
 
 def refuse_other_run(path, checkpoint, recipe, fingerprint, run_fields):
     """A run goes on only as what it was: same recipe (a dataclass) but for `run_fields`, same data set."""
-    missing = [key for key in ("model", "optimizer", "scaler", "step", "skipped", "recipe", "data") if key not in checkpoint]
+    needed = "model", "optimizer", "scaler", "step", "skipped", "recipe", "data"
+    missing = [key for key in needed if key not in checkpoint]
     if missing:
         raise ValueError(f"{path} is no training checkpoint, it lacks {', '.join(missing)}: choose another --out")
     old, new = checkpoint["recipe"], dataclasses.asdict(recipe)
-    differs = [f"{key}={new[key]} (was {old.get(key)})" for key in new if key not in run_fields and new[key] != old.get(key)]
+    differs = [f"{key}={new[key]} (was {old.get(key)})" for key in new
+               if key not in run_fields and new[key] != old.get(key)]
     if differs:
         raise ValueError(f"--resume: {path} was made by another recipe; different here: {', '.join(differs)}")
     if checkpoint["data"] != fingerprint:

@@ -94,7 +94,7 @@ def describe(results, kind):
 
 
 def draw_confusion(confusion, classes, path):
-    """The confusion matrix as a PNG: rows are the truth, a row's shares add up to white; names where they fit."""
+    """The confusion matrix as a PNG: rows are the true classes; brightness is the share of a row."""
     confusion = np.asarray(confusion)
     K = len(confusion)
     side = max(2, min(28, 1200 // K))                                         # pixels of a cell
@@ -103,8 +103,10 @@ def draw_confusion(confusion, classes, path):
     cells = (dark + (bright - dark) * np.sqrt(share)[..., None]).astype(np.uint8).repeat(side, 0).repeat(side, 1)
     named = side >= 14
     font = ImageFont.load_default(12)
-    margin = 8 + int(max(font.getlength(name) for name in classes)) if named else 24
-    sheet = Image.new("RGB", (margin + cells.shape[1] + 8, margin + cells.shape[0] + 8), "white")
+    margin = 8 + int(max(font.getlength(name) for name in classes)) if named else 8
+    caption = "rows: true class; columns: predicted"
+    width = max(margin + cells.shape[1], int(font.getlength(caption))) + 8
+    sheet = Image.new("RGB", (width, margin + cells.shape[0] + 24), "white")
     sheet.paste(Image.fromarray(cells), (margin, margin))
     draw = ImageDraw.Draw(sheet)
     if named:
@@ -117,11 +119,7 @@ def draw_confusion(confusion, classes, path):
                 if count:
                     color = "black" if share[i, j] > 0.25 else "white"
                     draw.text((margin + (j + 0.5) * side, margin + (i + 0.5) * side), str(count), color, font, anchor="mm")
-    else:
-        draw.text((margin, 4), "predicted class", "black", font)
-        label = Image.new("L", (120, 16), 255)
-        ImageDraw.Draw(label).text((0, 0), "true class", 0, font)
-        sheet.paste(label.rotate(90, expand=True).convert("RGB"), (4, margin))
+    draw.text((4, sheet.height - 18), caption, "black", font)
     sheet.save(path)
 
 
@@ -136,10 +134,10 @@ def write_results(results, stem, classes):
     return paths
 
 
-def top_classes(forward, views, classes, k=5):
+def top_classes(forward, views, device_batch, classes, k=5):
     """The k most probable classes of one file's views (V, 3, [T,] H, W) uint8: [(name, probability)]."""
     with torch.no_grad():
-        scores = forward(views).float().softmax(dim=1).mean(dim=0)
+        scores = torch.cat([forward(part).float().softmax(dim=1) for part in views.split(device_batch)]).mean(dim=0)
     return [(classes[i], p) for p, i in zip(*(part.tolist() for part in scores.topk(min(k, len(scores)))))]
 
 
@@ -169,8 +167,8 @@ def linear_probe(train, val, num_classes, device, lrs=(0.03, 0.1, 0.3, 1.0, 3.0)
     for head in heads:
         nn.init.zeros_(head.weight)
     batch_size = min(batch_size, len(x))
-    optimizer = torch.optim.SGD([{"params": head.parameters(), "lr": lr * batch_size / 256} for head, lr in zip(heads, lrs)],
-                                momentum=0.9)
+    groups = [{"params": head.parameters(), "lr": lr * batch_size / 256} for head, lr in zip(heads, lrs)]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
     steps = epochs * (len(x) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):

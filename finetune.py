@@ -71,7 +71,7 @@ class Recipe:
     # optimization
     optimizer: str = option("adamw", "adamw, or sgd with Nesterov momentum 0.9", ("adamw", "sgd"))
     epochs: int = option(100, "passes over the data")
-    batch_size: int = option(256, "samples per update over all GPUs, before repeats; if not given, at most 1/16 of the data")
+    batch_size: int = option(256, "samples per update, before repeats; if not given, at most 1/16 of the data")
     lr: float = option(6e-4, "peak learning rate at lr_batch samples per update")
     lr_batch: int = option(16, "batch that the three learning rates belong to")
     warmup_epochs: float = option(20.0, "epochs of linear warm-up")
@@ -123,13 +123,14 @@ SSV2 = replace(                                      # release: SSv2/MVITv2_L_40
     K400_L, num_classes=174, image_size=(312, 312), num_frames=40, sampling_rate=3, segments=True, flip=0.0, mixup=0.0,
     cutmix=0.0, rand_augment="rand-m7-n4-mstd0.5-inc1", optimizer="sgd", epochs=40, batch_size=128, lr=1.25e-3, lr_batch=8,
     warmup_epochs=3, warmup_lr=1e-6, min_lr=1e-6, layer_decay=1.0, weight_decay=1e-4, clip_grad=2.0, drop_path=0.75,
-    dropout=0.5, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), clips=1, crops=3, checkpointing=True, device_batch=1)
+    dropout=0.5, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), clips=1, crops=3, checkpointing=True,
+    device_batch=1)
 RECIPES = {
     "default": Recipe(  # ours: two trainings and their tests in under five minutes on two CPU cores
         model="mvit_tiny", init="out/pretrain/last.pt", baseline=True, image_size=(64, 64), num_frames=8, drop_path=0.0,
         crop_scale=(0.5, 1.0), flip=0.0, rand_augment="", erase=0.0, repeats=1, mixup=0.0, cutmix=0.0, smoothing=0.0,
         epochs=12, batch_size=8, lr=1e-3, lr_batch=8, warmup_epochs=1, warmup_lr=1e-5, min_lr=1e-5, layer_decay=0.75,
-        clip_grad=1.0, clips=3, val_epochs=4),
+        clip_grad=1.0, clips=3, crop_ratio=1.0, val_epochs=4),
     "k400_mvitv2_s": K400,
     "k400_mvitv2_l": K400_L,
     "k600_mvitv2_l": K400_L,                         # Sec. 4.2: the same recipe on each Kinetics
@@ -152,8 +153,8 @@ RECIPES = {
         rand_augment="rand-m7-n4-mstd0.5-inc1", head_init_scale=1.0),
     # Table 2's baseline (81.8): DeiT's recipe, without its threefold repetition.
     "in1k_vit_b_scratch": replace(
-        IN1K, epochs=300, batch_size=1024, lr=5e-4, lr_batch=512, warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-5, layer_decay=1.0,
-        head_init_scale=1.0),
+        IN1K, epochs=300, batch_size=1024, lr=5e-4, lr_batch=512, warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-5,
+        layer_decay=1.0, head_init_scale=1.0),
     "vit_tiny": replace(                             # ours: 64x64 images on a CPU
         IN1K, model="vit_tiny", image_size=(64, 64), patch_size=8, epochs=50, batch_size=128, lr=1e-3, lr_batch=128,
         warmup_epochs=5, layer_decay=0.75, clip_grad=1.0, crop_scale=(0.35, 1.0), drop_path=0.0, crop_ratio=1.0,
@@ -185,7 +186,7 @@ def check(recipe):
 
 
 def find(recipe, split, classes=()):
-    """The samples of one split, all labelled, suited to the model; and the names of the classes (numbers if they have none).
+    """The samples of one split, all labelled and suited to the model, and the names of the classes, or their numbers.
 
     classes: names to agree with, if known already.
     """
@@ -195,18 +196,18 @@ def find(recipe, split, classes=()):
         raise ValueError(f"model={recipe.model} takes {'clips' if video else 'images'}, but {recipe.data} holds "
                          f"{samples.kind}s: use --model {'vit_b or vit_tiny' if video else 'mvitv2_s or mvit_tiny'}")
     if min(samples.labels) < 0:
-        raise ValueError(f"{recipe.data}: {sum(label < 0 for label in samples.labels)} of {len(samples)} files of its {split} "
-                         "part have no label: put them into a folder per class, or give a csv with labels")
+        raise ValueError(f"{recipe.data}: {sum(label < 0 for label in samples.labels)} of the {len(samples)} files in its "
+                         f"{split} part have no label: put them into a folder per class, or give a csv with labels")
     named = list(samples.classes)
     if classes and named and named != list(classes) and len(named) == len(classes) and not classes[0].isdigit():
         raise ValueError(f"the classes of {recipe.data}, {', '.join(named[:3])} ..., are not those of the checkpoint, "
                          f"{', '.join(classes[:3])} ...")
     names = list(classes) or named or [str(i) for i in range(recipe.num_classes or max(samples.labels) + 1)]
     if len(named or names) != len(names) or len(names) != (recipe.num_classes or len(names)):
-        raise ValueError(f"{recipe.data} has {len(named or names)} classes, not {recipe.num_classes or len(names)}: choose other "
-                         "data, or leave out --num-classes")
+        raise ValueError(f"{recipe.data} has {len(named or names)} classes, not {recipe.num_classes or len(names)}: choose "
+                         "other data, or leave out --num-classes")
     if max(samples.labels) >= len(names):
-        raise ValueError(f"label {max(samples.labels)} in the {split} part of {recipe.data} is beyond its {len(names)} classes")
+        raise ValueError(f"label {max(samples.labels)} in the {split} part of {recipe.data} is not one of {len(names)} classes")
     return samples, names
 
 
@@ -227,14 +228,20 @@ def load_for_test(recipe, given, say):
     return recipe, model, list(checkpoint.get("classes", []))
 
 
-def forward_of(model, recipe, device, autocast):
-    """uint8 views (n, 3, [T,] H, W) on the device -> what the model says of them."""
+def normalizer(recipe, device):
+    """uint8 (n, 3, [T,] H, W) on the device -> float, less the mean, over the deviation."""
     video = recipe.model in mvit.MODELS
     mean, std = (torch.tensor(v, device=device).view(3, *[1] * (2 + video)) for v in (recipe.mean, recipe.std))
+    return lambda x: x.float().div(255).sub(mean).div(std)
+
+
+def forward_of(model, recipe, device):
+    """uint8 views (n, 3, [T,] H, W) on the device -> what the model says of them."""
+    normalize, (_, autocast, _) = normalizer(recipe, device), mixed_precision(recipe.amp, device)
 
     def forward(x):
         with autocast():
-            return model(x.float().div(255).sub(mean).div(std))
+            return model(normalize(x))
     return forward
 
 
@@ -252,15 +259,19 @@ def flops_of(recipe, classes):
     return count_flops(model, (1, 3, *T, *recipe.image_size))
 
 
+def validate(model, recipe, dataset, classes, device, rank, world):
+    """Test a model, in eval mode, on a data.ViewDataset; see evaluate.test."""
+    return evaluate.test(forward_of(model.eval(), recipe, device), dataset, classes, device, recipe.device_batch,
+                         loader_workers(recipe.workers, device), rank, world)
+
+
 def run_test(model, recipe, samples, classes, stem, device, rank, world, say):
-    """Test over recipe.clips x recipe.crops views, print, write STEM_<clips>x<crops>.json and .png. Returns the results."""
-    _, autocast, _ = mixed_precision(recipe.amp, device)
+    """Test over recipe.clips x recipe.crops views, print, write STEM_<clips>x<crops>.json and .png. Returns results."""
     dataset = views_of(samples, recipe, recipe.clips, recipe.crops)
     cost = flops_of(recipe, len(classes))
     say(f"testing {len(samples)} {samples.kind}s, {dataset.views} views each: {cost['flops'] / 1e9:.4g} GFLOPs x "
         f"{dataset.clips} clips x {dataset.crops} crops, {cost['parameters'] / 1e6:.4g} M parameters")
-    results = evaluate.test(forward_of(model.eval(), recipe, device, autocast), dataset, classes, device, recipe.device_batch,
-                            loader_workers(recipe.workers, device), rank, world)
+    results = validate(model, recipe, dataset, classes, device, rank, world)
     for line in evaluate.describe(results, samples.kind):
         say(line)
     if rank == 0:
@@ -293,8 +304,8 @@ def train(name, recipe, given, rank, world, device, stop, say):
     fresh = ["head"]
     if recipe.init and not resumed:
         if not os.path.isfile(recipe.init):
-            raise FileNotFoundError(f"--init: no checkpoint at {recipe.init}: run pretrain.py before, or start from scratch "
-                                    "with --init ''")
+            raise FileNotFoundError(f"--init: no checkpoint at {recipe.init}: run pretrain.py before, or start from "
+                                    "scratch with --init ''")
         fresh = load_weights(model, recipe.init, verbose=rank == 0)["fresh"]
     if any(tensor.startswith("head") for tensor in fresh):
         with torch.no_grad():
@@ -346,8 +357,8 @@ def train(name, recipe, given, rank, world, device, stop, say):
         f"{recipe.epochs} epochs x {recipe.repeats} augmentations, {total_steps} steps")
     say(f"batch {size} = {world} processes x {device_batch} samples x {accumulate} accumulated; "
         f"peak lr {recipe.lr:g} x {size}/{recipe.lr_batch} = {recipe.lr * scale:g} at the head, x "
-        f"{groups[0]['lr_scale']:.2g} at the stem; {amp} on {device}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M "
-        f"parameters, from {recipe.init or 'scratch'}")
+        f"{groups[0]['lr_scale']:.2g} at the stem; {amp} on {device}; "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, from {recipe.init or 'scratch'}")
 
     def save():
         nonlocal saved_step
@@ -359,7 +370,7 @@ def train(name, recipe, given, rank, world, device, stop, say):
                 "classes": classes})
 
     # ------------------------------------------------------------------------------------------------------------ loop
-    mean, std = (torch.tensor(v, device=device).view(3, *[1] * (2 + (samples.kind == "video"))) for v in (recipe.mean, recipe.std))
+    normalize = normalizer(recipe, device)
     model.train()
     loss_sum, steps_summed, skipped_in_row = torch.zeros((), device=device), 0, 0
     logged, saved_step, unreadable, newly_unreadable = step, step, {}, {}
@@ -380,7 +391,7 @@ def train(name, recipe, given, rank, world, device, stop, say):
             batch = next(iterator)
             waited += time.perf_counter() - start
             newly_unreadable.update(batch["unreadable"])
-            x = batch["x"].to(device, non_blocking=True).float().div(255).sub(mean).div(std)
+            x = normalize(batch["x"].to(device, non_blocking=True))
             if "boxes" in batch:
                 augment.erase(x, batch["boxes"], batch["seeds"])
             x, targets = augment.mix(x, batch["label"].to(device, non_blocking=True), len(classes),
@@ -426,8 +437,7 @@ def train(name, recipe, given, rank, world, device, stop, say):
             save()
             saved, due = time.monotonic(), False
         if recipe.val_epochs and step < total_steps and step % (recipe.val_epochs * steps_per_epoch) == 0:
-            results = evaluate.test(forward_of(model.eval(), recipe, device, autocast), views_of(val_samples, recipe), classes,
-                                    device, recipe.device_batch, loader_workers(recipe.workers, device), rank, world)
+            results = validate(model, recipe, views_of(val_samples, recipe), classes, device, rank, world)
             model.train()
             say(f"epoch {step // steps_per_epoch}: validation top-1 {100 * results['top1']:.2f}, top-5 "
                 f"{100 * results['top5']:.2f} (one central view, {len(results['unreadable'])} unreadable)")
@@ -489,15 +499,13 @@ def examine(recipe, given, rank, world, device, say):
     names_given = recipe.data
     recipe, model, classes = load_for_test(recipe, given, say)
     model.to(device).eval()
-    _, autocast, _ = mixed_precision(recipe.amp, device)
-    workers = loader_workers(recipe.workers, device)
     if recipe.predict:
         if not classes and names_given:
             classes = find(recipe, "val")[1]
         classes = classes or [f"class {i}" for i in range(recipe.num_classes)]
         if not recipe.num_classes:
             raise ValueError(f"{recipe.eval} has no classification head: fine-tune it first")
-        forward, failed = forward_of(model, recipe, device, autocast), 0
+        forward, failed = forward_of(model, recipe, device), 0
         video = recipe.model in mvit.MODELS
         for path in recipe.predict:
             try:
@@ -507,9 +515,8 @@ def examine(recipe, given, rank, world, device, say):
                 failed += 1
                 say(str(error))
                 continue
-            parts = [views[i:i + recipe.device_batch].to(device) for i in range(0, len(views), recipe.device_batch)]
             say(path)
-            for label, p in evaluate.top_classes(lambda parts: torch.cat([forward(part) for part in parts]), parts, classes):
+            for label, p in evaluate.top_classes(forward, views.to(device), recipe.device_batch, classes):
                 say(f"  {100 * p:6.2f} %  {label}")
         if failed:
             raise ValueError(f"{failed} of {len(recipe.predict)} files cannot be read")
@@ -525,11 +532,12 @@ def examine(recipe, given, rank, world, device, say):
         return
     if recipe.probe:
         classes = find(replace(recipe, num_classes=0), "train")[1]
-    forward, features = forward_of(model.features, recipe, device, autocast), {}
+    forward, features = forward_of(model.features, recipe, device), {}
     for split in ("train", "val") if recipe.probe else ("val",):
         samples = layouts.find_samples(recipe.data, split)
-        records, unreadable = evaluate.over_views(forward, views_of(samples, recipe), device, recipe.device_batch, workers,
-                                                  rank, world, f"features of {split}")
+        records, unreadable = evaluate.over_views(
+            forward, views_of(samples, recipe), device, recipe.device_batch, loader_workers(recipe.workers, device),
+            rank, world, f"features of {split}")
         for path, reason in unreadable:
             say(f"unreadable, left out: {path}: {reason}")
         features[split] = [output[0] for _, _, output in records], [label for _, label, _ in records]
