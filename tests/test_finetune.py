@@ -17,7 +17,7 @@ from runs import assert_same_weights, log_of
 # 12 clips of 2 classes, batch 4: 3 steps per epoch, 9 steps; every augmentation on.
 TINY = ["--image-size", 32, "--frames", 4, "--sampling-rate", 2, "--batch-size", 4, "--epochs", 3, "--warmup-epochs", 1,
         "--log-every", 1, "--workers", 0, "--drop-path", 0.2, "--dropout", 0.1, "--rand-augment", "rand-m7-mstd0.5-inc1",
-        "--erase", 0.5, "--repeats", 2, "--mixup", 0.8, "--cutmix", 1, "--smoothing", 0.1, "--val-epochs", 2, "--clips", 2]
+        "--erase", 0.5, "--repeats", 2, "--layer-decay", 0.75, "--mixup", 0.8, "--cutmix", 1, "--smoothing", 0.1, "--val-epochs", 2, "--clips", 2]
 SCRATCH = ["--init", "", "--no-baseline"]
 
 
