@@ -105,7 +105,7 @@ class Recipe:
     predict: tuple = option((), "print the top five classes of these files")
     features: str = option("", "write pooled features of the validation part to this npz")
     probe: bool = option(False, "train a linear classifier on frozen features")
-    flops: bool = option(False, "print parameters and FLOPs of the model")
+    flops: bool = option(False, "print parameters and FLOPs (multiply-adds) of the model, or of all recipes")
 
 
 K400 = Recipe()                                      # release: k400_MVITv2_S_16x4_MaskFeat_FT
@@ -463,11 +463,13 @@ def main():
 
     # ------------------------------------------------------------------------------------- what needs no data, or no labels
     if recipe.flops:
-        classes = recipe.num_classes or (400 if recipe.model in mvit.MODELS else 1000)
-        cost = flops_of(recipe, classes)
-        shape = "x".join(map(str, (recipe.num_frames,) * (recipe.model in mvit.MODELS) + recipe.image_size))
-        say(f"{recipe.model}, {shape}, expand={recipe.expand}, {classes} classes: {cost['parameters']:,} parameters, "
-            f"{cost['flops'] / 1e9:.2f} GFLOPs ({cost['macs'] / 1e9:.2f} without LayerNorm); one multiply-add is one FLOP")
+        for row_name, row in (RECIPES if name == "default" else {name: recipe}).items():
+            video = row.model in mvit.MODELS
+            classes = row.num_classes or (400 if video else 1000)
+            cost = flops_of(row, classes)
+            say(f"{row_name}: {row.model}, {'x'.join(map(str, (row.num_frames,) * video + row.image_size))}, "
+                + f"expand={row.expand}, " * video + f"{classes} classes: {cost['parameters']:,} parameters, "
+                f"{cost['flops'] / 1e9:.2f} GFLOPs ({cost['macs'] / 1e9:.2f} without LayerNorm)")
         return
     recipe_eval = recipe.eval or (recipe.init if recipe.probe or recipe.features or recipe.predict else "")
     if recipe_eval:
@@ -485,7 +487,8 @@ def main():
         runs["from scratch"] = replace(recipe, init="", out=os.path.join(recipe.out, "scratch"))
     results = {}
     for label, row in runs.items():
-        say(f"\n{label}:" if len(runs) > 1 else "")
+        if len(runs) > 1:
+            say(f"\n{label}:")
         model, row, samples, classes = train(name, row, given, rank, world, device, stop, say)
         results[label] = run_test(model, row, samples, classes, os.path.join(row.out, "last"), device, rank, world, say)
     if len(runs) > 1:
