@@ -77,7 +77,8 @@ def build_maskfeat(recipe):
     """The pre-training model that a recipe (a dict, as stored in a checkpoint) describes.
 
     Reads model, target, image_size, num_frames, output_stride, patch_size, expand, drop_path, checkpointing, and for
-    the target bins, cell, norm, color, gradient (HOG) or pixel_norm (pixels).
+    the target bins, cell, norm, color, gradient (HOG), pixel_norm (pixels), label_classes, label_order (pseudo-labels)
+    or teacher, and with it align, mean, std (features). The teacher's file is read.
     """
     name, target, (H, W) = recipe["model"], recipe["target"], recipe["image_size"]
     build = builder(name)
@@ -94,11 +95,19 @@ def build_maskfeat(recipe):
         encoder = build(num_frames=T, output_stride=stride, expand=recipe["expand"], **shared)
     else:
         encoder = build(patch_size=recipe["patch_size"], **shared)
+    patch = encoder.patch_stride[-1]
+    grid = H // patch, W // patch
     if target == "hog":
-        options = {key: recipe[key] for key in ("bins", "cell", "norm", "color", "gradient")}
+        options = {"patch_size": patch, **{key: recipe[key] for key in ("bins", "cell", "norm", "color", "gradient")}}
+    elif target == "pixel":
+        options = {"patch_size": patch, "norm": recipe["pixel_norm"]}
+    elif target == "dvae":
+        options = {"teacher": recipe["teacher"]}
+    elif target == "label":
+        options = {"grid": grid, "classes": recipe["label_classes"], "order": recipe["label_order"]}
     else:
-        options = {"norm": recipe["pixel_norm"]}
-    return MaskFeat(encoder, TARGETS[target](patch_size=encoder.patch_stride[-1], **options))
+        options = {"grid": grid, **{key: recipe[key] for key in ("teacher", "image_size", "mean", "std", "align")}}
+    return MaskFeat(encoder, TARGETS[target](**options))
 
 
 def build_classifier(recipe):

@@ -121,9 +121,28 @@ def read_clip(path, num_frames=16, sampling_rate=4, position=0.5, short_side=256
     return _read_at(path, lambda *extent: clip_times(*extent, num_frames, sampling_rate, position), short_side)
 
 
+def read_moments(path, times, cover=None):
+    """Frames (N, 3, H, W) uint8 on display `times` seconds after a video's first frame; cover as in `_read_at`.
+
+    However long the video is, only what is near the moments is read. Raises UnreadableFile, also for one after the end.
+    """
+    return _read_at(path, list(times), cover)
+
+
+@functools.lru_cache(maxsize=1024)
+def picture_size(path):
+    """(height, width) of a video's frames, upright, in pixels. Raises UnreadableFile."""
+    with _open_video(path) as (container, stream):
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise UnreadableFile(path, "no frame decodes")
+        return (frame.width, frame.height) if round(frame.rotation / 90) % 2 else (frame.height, frame.width)
+
+
 def _read_at(path, choose, cover):
     """Frames (N, 3, H, W) uint8 on display at the N moments that choose(first time, duration) names, in any order.
 
+    choose: or a list of the N moments, in s after the first frame; the duration is then not asked for.
     cover: (H, W), the frames are scaled so as to just cover it; an int, a square of that side; or None.
     """
     times = None
@@ -131,8 +150,16 @@ def _read_at(path, choose, cover):
         try:
             with _open_video(path) as (container, stream):
                 if way == "seek":
-                    first, duration = _extent(container, stream)
-                    times = choose(first, duration)
+                    if callable(choose):
+                        first, duration = _extent(container, stream)
+                        times = choose(first, duration)
+                    else:  # of a film in Matroska, `_extent` would read all; the container's rough duration will do
+                        first, duration = float((stream.start_time or 0) * stream.time_base), math.inf
+                        known = stream.duration * stream.time_base if stream.duration else container.duration / 1e6 \
+                            if container.duration else math.inf
+                        if max(choose) > known + MAY_LACK:
+                            raise UnreadableFile(path, f"it lasts {float(known):.2f} s, {max(choose):.2f} s is wanted")
+                        times = [first + max(time, 0) for time in choose]
                     order = np.argsort(times, kind="stable")
                     ascending = [times[k] for k in order]
                     if "444" in (stream.codec_context.pix_fmt or ""):
@@ -181,7 +208,8 @@ def _frames_at(path, container, stream, times, first, duration, cover, way):
         raise UnreadableFile(path, "no frame decodes")
     end = shown_time + (shown.duration or 0) * unit
     if min(times[-1], first + duration) > end + MAY_LACK:  # cut off, so not to be filled up with its last frame
-        raise UnreadableFile(path, f"it ends after {end - first:.2f} s, its header promises {duration:.2f} s")
+        raise UnreadableFile(path, f"it ends after {end - first:.2f} s, " + (
+            f"its header promises {duration:.2f} s" if duration < math.inf else f"{times[-1] - first:.2f} s is wanted"))
     picture = _rgb(shown, cover) if picture is None else picture
     return kept + [picture] * (len(times) - len(kept))
 
@@ -232,19 +260,62 @@ def center_box(height, width, aspect):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def crop_resize(frames, box, size):
+def crop_resize(frames, box, size, resample=Image.BICUBIC):
     """Cuts a box out of a clip or image and scales it.
 
-    frames: (T, 3, H, W) uint8, scaled bilinearly without antialiasing (release); or a PIL image, bicubic (release).
+    frames: (T, 3, H, W) uint8, scaled bilinearly without antialiasing (release); or a PIL image, by `resample`: bicubic
+    (release).
     box: (top, left, h, w). size: (H, W).
     Returns uint8 (T, 3, *size) or (3, *size).
     """
     top, left, h, w = box
     if isinstance(frames, Image.Image):
-        image = frames.crop((left, top, left + w, top + h)).resize((size[1], size[0]), Image.BICUBIC)
+        image = frames.crop((left, top, left + w, top + h)).resize((size[1], size[0]), resample)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     crop = frames[:, :, top:top + h, left:left + w].float()
     return F.interpolate(crop, size, mode="bilinear", align_corners=False).round_().to(torch.uint8)
+
+
+# ---------------------------------------------------------------- what targets need beside the input
+
+
+def find_maps(paths, folder=""):
+    """Label map of each image: <folder>/<the image's folder>/<stem>.pt, the stem cut at its first dot (Token Labeling);
+    without a folder, beside the image. Raises FileNotFoundError if any is missing."""
+    maps, there = [], {}
+    for path in paths:
+        place, name = os.path.split(path)
+        place = os.path.join(folder, os.path.basename(place)) if folder else place
+        if place not in there:  # one listing per folder: a million files are not asked for one by one
+            there[place] = set(os.listdir(place)) if os.path.isdir(place) else set()
+        maps.append(os.path.join(place, name.split(".")[0] + ".pt"))
+    missing = [path for path in maps if os.path.basename(path) not in there[os.path.dirname(path)]]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} of {len(maps)} images have no label map, such as {missing[0]}: name "
+                                "the folder of the maps with --teacher, or put them beside the images")
+    return maps
+
+
+def read_map(path, classes, shape=None):
+    """A label map: (2, 5, H, W) float, top-5 scores and their classes, of `shape` if given. Raises UnreadableFile."""
+    try:
+        x = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile file raises about anything
+        raise UnreadableFile(path, str(error).partition("\n")[0]) from error
+    found = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+    if len(found) != 4 or found[:2] != (2, 5) or shape and found != shape:
+        raise UnreadableFile(path, f"it holds {found}, not a label map of {shape or '(2, 5, H, W)'}")
+    if not 0 <= x[1].min() <= x[1].max() < classes:
+        raise UnreadableFile(path, f"it has classes {x[1].min():g} to {x[1].max():g} of {classes}: see --label-classes")
+    return x.float()
+
+
+def extras(target, paths, grid, frame_stride=1, folder=""):
+    """The arguments of TrainDataset for what a target (targets.py) needs. grid: (h, w) of tokens; frame_stride: frames
+    per token step; folder: of the label maps, see `find_maps`."""
+    if target.needs == "view":
+        return {"view_size": tuple(8 * n for n in grid), "view_stride": frame_stride}  # dVAE: 8 pixels per token
+    return {"maps": find_maps(paths, folder), "map_classes": target.dim} if target.needs == "labels" else {}
 
 
 # ---------------------------------------------------------------- samples and batches
@@ -272,19 +343,25 @@ class TrainDataset(torch.utils.data.Dataset):
     erase: (H, W, rng) -> box (top, left, h, w) whose pixels the training step is to erase, with noise from a seed.
     repeats: R views of one decoded file, augmented independently (release: NUM_SAMPLE).
     train=False: middle clip, largest centred crop, nothing random.
+    view_size: (h, w) of a second view of the same crop and flip, cut from the original with Lanczos (BEiT); for clips,
+    of every view_stride-th frame. maps: the file of each sample's label map, with classes below map_classes.
     An item is a dict of "x" uint8 (3, T, H, W) or (3, H, W), with R before that if R > 1; "label" int, "index" int and
     "unreadable", a list of (path, reason): such a file is replaced by one drawn from the sample's own generator; "mask"
-    bool (if any); "boxes" int64 (R, 4) and "seeds" int64 (R,) (if erase); "repeats" R.
+    bool (if any); "boxes" int64 (R, 4) and "seeds" int64 (R,) (if erase); "view" uint8 (R, t, 3, h, w) (if view_size);
+    "labels" float32 (R, 3, 5, H, W) (if maps): the map, flipped like x, and a plane whose first four numbers are the
+    crop (top, left, h, w) in fractions of the flipped image; "repeats" R.
     """
 
     def __init__(self, samples, image_size, num_frames=None, sampling_rate=4, mask=None, seed=0, scale=(0.5, 1.0),
                  ratio=(3 / 4, 4 / 3), flip=0.5, short_side=256, train=True, segments=False, augment=None, erase=None,
-                 repeats=1):
+                 repeats=1, view_size=None, view_stride=1, maps=None, map_classes=1000):
         check_kind(samples.kind, num_frames)
         self.samples, self.image_size, self.num_frames = samples, tuple(image_size), num_frames
         self.sampling_rate, self.mask, self.seed, self.scale = sampling_rate, mask, seed, scale
         self.ratio, self.flip, self.short_side, self.train = ratio, flip, short_side, train
         self.segments, self.augment, self.erase, self.repeats = segments, augment, erase, repeats
+        self.view_size, self.view_stride, self.maps, self.map_classes = view_size, view_stride, maps, map_classes
+        self.map_shape = tuple(read_map(maps[0], map_classes).shape) if maps else None  # one for all, to be stacked
 
     def __len__(self):
         return len(self.samples)
@@ -295,6 +372,7 @@ class TrainDataset(torch.utils.data.Dataset):
         while True:
             try:
                 frames = self.read(self.samples.paths[chosen], rng)
+                label_map = self.label_map(chosen)
                 break
             except UnreadableFile as error:
                 unreadable.append((error.path, error.reason))
@@ -304,15 +382,20 @@ class TrainDataset(torch.utils.data.Dataset):
             chosen = (chosen + 1 + rng.randrange(max(len(self) - 1, 1))) % len(self)  # another one
         # The first view goes on with the sample's own stream, so it is the same for any number of repeats.
         rngs = [rng] + [sample_rng(self.seed, epoch, index, f"view {r}") for r in range(1, self.repeats)]
-        x = torch.stack([self.view(frames, view_rng) for view_rng in rngs])  # (R, 3, T, H, W) or (R, 3, H, W)
-        item = {"x": x if self.repeats > 1 else x[0], "label": self.samples.labels[chosen], "index": index,
-                "unreadable": unreadable, "repeats": self.repeats}
+        views = [self.view(frames, view_rng, label_map) for view_rng in rngs]
+        item = {name: torch.stack([view[name] for view in views]) for name in views[0]}    # (R, ...) each
+        item |= {"x": item["x"] if self.repeats > 1 else item["x"][0], "label": self.samples.labels[chosen],
+                 "index": index, "unreadable": unreadable, "repeats": self.repeats}
         if self.mask is not None:  # a stream of its own, so that other crops leave the masks as they are
             item["mask"] = torch.from_numpy(self.mask(sample_rng(self.seed, epoch, index, "mask")))
         if self.erase is not None:
             item["boxes"] = torch.tensor([self.erase(*self.image_size, view_rng) for view_rng in rngs])  # (R, 4)
             item["seeds"] = torch.tensor([view_rng.getrandbits(63) for view_rng in rngs])                # (R,)
         return item
+
+    def label_map(self, index):
+        """The label map of sample `index`, (2, 5, H, W), or None."""
+        return read_map(self.maps[index], self.map_classes, self.map_shape) if self.maps else None
 
     def read(self, path, rng=None):
         """One file: (T, 3, H, W) uint8 with moments drawn if train, or PIL RGB."""
@@ -324,8 +407,9 @@ class TrainDataset(torch.utils.data.Dataset):
         position = rng.random() if self.train else 0.5
         return read_clip(path, self.num_frames, self.sampling_rate, position, self.short_side)
 
-    def view(self, frames, rng=None):
-        """One view of what `read` returned. Release: clips are augmented before they are cropped, images after it."""
+    def view(self, frames, rng=None, label_map=None):
+        """One view of what `read` returned, as entries of an item: "x", and "view" and "labels" if wanted.
+        Release: clips are augmented before they are cropped, images after it."""
         video = self.num_frames is not None
         if video and self.augment:
             frames = self.augmented(frames, rng)
@@ -334,12 +418,24 @@ class TrainDataset(torch.utils.data.Dataset):
             box = random_resized_crop_box(height, width, rng, self.scale, self.ratio)
         else:
             box = center_box(height, width, self.image_size[1] / self.image_size[0])
-        x = crop_resize(frames, box, self.image_size)
-        if self.train and rng.random() < self.flip:
+        x, flipped = crop_resize(frames, box, self.image_size), self.train and rng.random() < self.flip
+        if flipped:
             x = x.flip(-1)
         if self.augment and not video:
             x = self.augmented(x[None], rng)[0]
-        return x.transpose(0, 1).contiguous() if video else x.contiguous()  # (3, T, H, W) or (3, H, W)
+        item = {"x": x.transpose(0, 1).contiguous() if video else x.contiguous()}  # (3, T, H, W) or (3, H, W)
+        if self.view_size:
+            images = [Image.fromarray(frame) for frame in frames[::self.view_stride].permute(0, 2, 3, 1).numpy()] \
+                if video else [frames]
+            small = torch.stack([crop_resize(image, box, self.view_size, Image.LANCZOS) for image in images])
+            item["view"] = small.flip(-1) if flipped else small  # (t, 3, h, w)
+        if label_map is not None:
+            top, left, h, w = box[0] / height, box[1] / width, box[2] / height, box[3] / width
+            labels = torch.zeros(3, *label_map.shape[1:])
+            labels[:2] = label_map.flip(-1) if flipped else label_map
+            labels[2].view(-1)[:4] = torch.tensor([top, 1 - left - w if flipped else left, h, w])
+            item["labels"] = labels
+        return item
 
     def augmented(self, frames, rng):
         """(T, 3, H, W) uint8, all of them through one call of `augment`."""
@@ -461,14 +557,15 @@ class EpochBatches:
 def collate(items):
     """Stacks items over the batch, flattening the repeats of a TrainDataset; joins the lists of unreadable files.
 
-    Returns "x" (B*R, ...), "boxes" (B*R, 4), "seeds" (B*R,), "label", "index" and "mask" per entry of x; R views of a
-    sample lie side by side. For a ViewDataset x stays (B, V, ...).
+    Returns "x" (B*R, ...), "boxes", "seeds", "view", "labels" (B*R, ...), "label", "index" and "mask" per entry of x; R
+    views of a sample lie side by side. For a ViewDataset x stays (B, V, ...).
     """
     repeats = items[0].get("repeats", 1)
     batch = {"x": torch.stack([item["x"] for item in items])}
     if repeats > 1:
         batch["x"] = batch["x"].flatten(0, 1)
-    batch |= {name: torch.cat([item[name] for item in items]) for name in ("boxes", "seeds") if name in items[0]}
+    batch |= {name: torch.cat([item[name] for item in items]) for name in ("boxes", "seeds", "view", "labels")
+              if name in items[0]}
     batch |= {name: torch.stack([torch.as_tensor(item[name]) for item in items]).repeat_interleave(repeats, 0)
               for name in ("mask", "label", "index") if name in items[0]}
     batch["unreadable"] = [entry for item in items for entry in item["unreadable"]]
@@ -483,7 +580,7 @@ def _start_worker(closing, worker_id):
     torch.set_num_threads(1)
 
 
-def make_loader(dataset, batches, workers, pin_memory=False, generator=None):
+def make_loader(dataset, batches, workers, pin_memory=False, generator=None, collate=collate):
     """DataLoader over batches of keys; iterate over EpochBatches once for the whole run. workers=0 gives the same."""
     more = {"collate_fn": collate, "pin_memory": pin_memory, "generator": generator}
     if workers:

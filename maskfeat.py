@@ -4,7 +4,7 @@
       --LayerNorm, Linear--> prediction (B, 1568, 108) --l2 on the masked tokens-- goal (B, 1568, 108) <--HOG-- x
 
 The wrapper composes: any encoder with `embed`, `encode`, `stem_dim`, `embed_dim`, `patch_stride` (mvit.py, vit.py), any
-target with `dim`, `forward`, `loss` (targets.py). No decoder, no tokens dropped from the encoder.
+target with `needs`, `dim`, `forward`, `loss` (targets.py). No decoder, no tokens dropped from the encoder.
 """
 import torch
 import torch.nn as nn
@@ -36,18 +36,23 @@ class MaskFeat(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def goal(self, x):
-        """The target of every output token, (B, N, target.dim), from the intact input.
+    def goal(self, x, extra=None):
+        """The target of every output token, (B, N, ...), from the intact input; or from `extra`, something else of the
+        sample, if that is what the target needs.
 
         A clip gives one frame per token step: with stem kernel 3, stride 2, padding 1, token t sees frames 2t-1, 2t,
         2t+1, so frame 2t is the temporal centre of its cube (Sec. 2.2).
         """
-        frames = x[:, :, ::self.encoder.patch_stride[0]].transpose(1, 2) if x.ndim == 5 else x[:, None]
-        return self.target(frames)                                            # frames: (B, t, 3, H, W)
+        if self.target.needs == "frames":
+            x = x[:, :, ::self.encoder.patch_stride[0]].transpose(1, 2) if x.ndim == 5 else x[:, None]
+        elif self.target.needs != "clip":
+            x = extra
+        return self.target(x)                                                 # frames: (B, t, 3, H, W)
 
-    def forward(self, x, mask):
+    def forward(self, x, mask, extra=None):
         """x: (B, 3, T, H, W) or (B, 3, H, W), normalised. mask: bool (B, *grid), True = masked, at the output grid or
-        coarser. Returns the loss over masked tokens (scalar) and the prediction for all tokens (B, N, target.dim)."""
+        coarser. extra: see `goal`.
+        Returns the loss over masked tokens (scalar) and the prediction for all tokens (B, N, target.dim)."""
         tokens, grid = self.encoder.embed(x)                                  # (B, N_stem, D)
         hidden = resize_mask(mask, grid)                                      # (B, N_stem)
         tokens = torch.where(hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
@@ -55,8 +60,8 @@ class MaskFeat(nn.Module):
         # All tokens are projected, though only masked ones count: static shapes, hence one compiled graph.
         prediction = self.head(self.norm(tokens[:, 1:])).float()              # (B, N, target.dim)
         with torch.no_grad():
-            goal = self.goal(x)                                               # (B, N, target.dim)
-        if goal.shape != prediction.shape:
+            goal = self.goal(x, extra)                                        # (B, N, target.dim), or (B, N) classes
+        if goal.shape[:2] != prediction.shape[:2]:
             raise ValueError(f"target of shape {tuple(goal.shape)} for a prediction of {tuple(prediction.shape)}: input "
                              f"{tuple(x.shape[2:])} must be a multiple of {self.encoder.patch_stride}")
         return self.target.loss(prediction, goal, resize_mask(mask, grid)), prediction

@@ -6,6 +6,8 @@
     torchrun --nnodes=16 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py \\
         --data k400/ --model mvitv2_s
     torchrun --nproc_per_node=8 pretrain.py --data imagenet/ --model vit_b
+    torchrun --nproc_per_node=8 pretrain.py --data imagenet/ --model vit_b --target dino --teacher dino_vitb16.pth
+    python pretrain.py --data k400/ --model mvitv2_s --target dvae --teacher encoder.pkl --dry-run   # what it costs
 
 Writes OUT/last.pt (weights, optimizer, step, recipe), OUT/log.jsonl, OUT/loss.png and OUT/prediction.png. Stopped or killed, it goes
 on from OUT/last.pt with --resume.
@@ -31,6 +33,7 @@ from convert import ENCODERS, build_maskfeat
 from engine import (MAX_SKIPPED, Logger, StopSignal, check_positive, gather_list, init_distributed, loader_workers, lr_at,
                     mixed_precision, option, param_groups, parse_recipe, peak_memory, plan_batch, read_checkpoint,
                     reduce_mean, refuse_other_run, report_unreadable, run_main, save_checkpoint, seed_all)
+from flops import Counter, count_flops
 from targets import TARGETS
 
 # ------------------------------------------------------------------------------------------------------------ recipes
@@ -42,7 +45,7 @@ class Recipe:
     # model and input
     model: str = option("mvitv2_s", "encoder preset", tuple(ENCODERS))
     image_size: tuple = option((224, 224), "height and width in pixels")
-    num_frames: int = option(16, "frames per clip", alias="--frames")                                 # Sec. 4.1: 16x4
+    num_frames: int = option(16, "frames per clip", alias="--frames")                 # Sec. 4.1: 16x4
     sampling_rate: int = option(4, "stride between frames, at 30 fps")
     output_stride: int = option(16, "pixels per predicted token of MViT")             # release: 16 in pre-training
     patch_size: int = option(16, "pixels per token of ViT")
@@ -64,6 +67,10 @@ class Recipe:
     color: str = option("rgb", "HOG colour space", ("gray", "rgb", "opponent"))
     gradient: str = option("sobel", "HOG filter: release, or the paper's difference", ("sobel", "central"))
     pixel_norm: str = option("dataset", "pixel target: paper, or release's default", ("dataset", "patch"))
+    teacher: str = option("", "file of the teacher's weights; for label, folder of the maps, if not beside the images")
+    align: str = option("bilinear", "teacher's map to token grid: see targets.py", ("bilinear", "nearest", "dilated"))
+    label_classes: int = option(1000, "classes of the label maps")
+    label_order: str = option("xy", "box order of label maps: correct, or as released", ("xy", "released"))
     # optimization
     epochs: int = option(300, "passes over the data")
     batch_size: int = option(512, "samples per update over all GPUs; if not given, at most 1/16 of the data")
@@ -87,6 +94,7 @@ class Recipe:
     workers: int = option(-1, "loader processes per GPU; -1: by the number of CPU cores, 1 without GPU")
     save_minutes: float = option(15.0, "minutes between checkpoints; there is one per epoch as well")
     log_every: int = option(10, "steps between lines of the log, after the first ten")
+    dry_run: bool = option(False, "two steps, then what the run would cost; nothing is written")
 
 
 KINETICS = Recipe()
@@ -108,7 +116,7 @@ RECIPES = {
 # What may change when a run is resumed: where and how it runs. (device_batch and amp do change rounding, and how much a
 # sample with few masked tokens counts in the mean.)
 RUN_FIELDS = {"data", "out", "resume", "device_batch", "amp", "compile", "checkpointing", "workers", "save_minutes",
-              "log_every"}
+              "log_every", "dry_run"}
 
 
 def check(recipe, samples):
@@ -120,12 +128,29 @@ def check(recipe, samples):
     if video == (recipe.mask == "block"):
         raise ValueError(f"mask={recipe.mask} does not suit {recipe.model}: use --mask "
                          f"{'cube, tube or frame' if video else 'block'}")
+    if recipe.target == ("label" if video else "mvit_b"):
+        raise ValueError(f"target={recipe.target} is for {'images' if video else 'clips'}, {recipe.data} holds "
+                         f"{samples.kind}s: use another --target")
+    if recipe.teacher and recipe.target in ("hog", "pixel"):
+        raise ValueError(f"--teacher {recipe.teacher}: target={recipe.target} has no teacher, choose another --target")
     check_positive(recipe, "epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every", "clip_grad",
-                   "sampling_rate", "output_stride", "patch_size", "cell", "bins")
+                   "sampling_rate", "output_stride", "patch_size", "cell", "bins", "label_classes")
     if not 0 < recipe.mask_ratio < 1:
         raise ValueError(f"mask_ratio={recipe.mask_ratio} is not between 0 and 1")
     if not 0 < recipe.crop_scale[0] <= recipe.crop_scale[1] <= 1:
         raise ValueError(f"crop_scale={recipe.crop_scale} is not an increasing range within (0, 1]")
+
+
+def goal_flops(model, x, extra):
+    """FLOPs of the target of the samples in x, counted as those of the student (flops.py)."""
+    counter = Counter()
+    hooks = [module.register_forward_pre_hook(lambda m, args: setattr(counter, "width", m.qkv.out_features // 3))
+             for module in model.target.modules() if hasattr(module, "qkv")]
+    with torch.no_grad(), counter:
+        model.goal(x, extra)
+    for hook in hooks:
+        hook.remove()
+    return counter.macs + 5 * counter.normed
 
 
 def main():
@@ -162,10 +187,12 @@ def main():
     last, lines = os.path.join(recipe.out, "last.pt"), os.path.join(recipe.out, "log.jsonl")
     fingerprint, step, skipped = layouts.fingerprint(samples), 0, 0
     for path in (last, lines):
-        if os.path.exists(path) and not recipe.resume:
+        if os.path.exists(path) and not recipe.resume and not recipe.dry_run:
             raise ValueError(f"{path} exists: go on with --resume, or choose another --out; nothing is written over it")
-    if recipe.resume and os.path.exists(last):
+    if recipe.resume and os.path.exists(last) and not recipe.dry_run:
         checkpoint = read_checkpoint(last)
+        if "recipe" in checkpoint:                                            # a field that the file lacks is newer
+            checkpoint["recipe"] = {**dataclasses.asdict(Recipe()), **checkpoint["recipe"]}
         refuse_other_run(last, checkpoint, recipe, fingerprint, RUN_FIELDS)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -174,17 +201,18 @@ def main():
         say(f"resumed {last} at step {step}")
     if len(set(gather_list([step]))) > 1:
         raise ValueError(f"not all nodes see the same {last}: put --out on a file system that they share")
-    os.makedirs(recipe.out, exist_ok=True)
-    log = Logger(lines, step, rank)
-    if recipe.compile == "on" or recipe.compile == "auto" and on_gpu:
-        model.compile()                                                       # in place: names keep no prefix
-    ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) \
-        if world > 1 else model
-
     dataset = data.TrainDataset(
         samples, recipe.image_size, recipe.num_frames if len(grid) == 3 else None, recipe.sampling_rate,
         lambda rng: masking.draw_mask(recipe.mask, grid, recipe.mask_ratio, rng, recipe.frame_runs), recipe.seed,
-        recipe.crop_scale, flip=recipe.flip)
+        recipe.crop_scale, flip=recipe.flip,
+        **data.extras(model.target, samples.paths, grid[-2:], model.encoder.patch_stride[0], recipe.teacher))
+    if not recipe.dry_run:
+        os.makedirs(recipe.out, exist_ok=True)
+    log = Logger(lines, step, rank) if not recipe.dry_run else lambda **values: None
+    if recipe.compile == "on" or recipe.compile == "auto" and on_gpu:
+        model.compile()                                                       # in place: names keep no prefix
+    ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False) \
+        if world > 1 else model                                               # buffers are constants, a whole teacher
     batches = data.EpochBatches(len(samples), recipe.batch_size, recipe.epochs, recipe.seed, rank, world,
                                 device_batch, step)
     loader = data.make_loader(dataset, batches, loader_workers(recipe.workers, device), pin_memory=on_gpu)
@@ -197,11 +225,13 @@ def main():
         f"peak lr {recipe.lr:g} x {recipe.batch_size}/{recipe.lr_batch} = {recipe.lr * scale:g}; {amp} on {device}; "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
         f"{model.target.dim} numbers to predict per token of grid {'x'.join(map(str, grid))}")
+    if hasattr(model.target, "teacher"):
+        say(f"teacher of {model.target.teacher.size / 1e6:.1f} M parameters from {model.target.teacher.about}")
 
     def save():
         nonlocal saved_step
         saved_step = step
-        if rank == 0:
+        if rank == 0 and not recipe.dry_run:
             save_checkpoint(last, {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                 "step": step, "skipped": skipped, "recipe": dataclasses.asdict(recipe), "data": fingerprint})
@@ -211,9 +241,10 @@ def main():
     model.train()
     loss_sum, steps_summed, skipped_in_row = torch.zeros((), device=device), 0, 0
     logged, saved_step, unreadable, newly_unreadable = step, step, {}, {}
-    bar = tqdm(total=total_steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True, smoothing=0.1)
+    end_step = min(step + 2, total_steps) if recipe.dry_run else total_steps      # the first step is slower than others
+    bar = tqdm(total=end_step, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True, smoothing=0.1)
     iterator, waited, mark, saved, stopped, due = iter(loader), 0.0, time.perf_counter(), time.monotonic(), "", False
-    while step < total_steps and not stopped:
+    while step < end_step and not stopped:
         seed_all(recipe.seed, step, rank)                                     # drop path draws by step: exact resume
         lr = scale * lr_at(step / steps_per_epoch, recipe.lr, recipe.epochs, recipe.warmup_epochs, recipe.warmup_lr,
                            recipe.min_lr)
@@ -230,9 +261,10 @@ def main():
             newly_unreadable.update(batch["unreadable"])
             x = batch["x"].to(device, non_blocking=True).float().div(255).sub(mean).div(std)
             mask = batch["mask"].to(device, non_blocking=True)
+            extra = batch[model.target.needs].to(device, non_blocking=True) if model.target.needs in batch else None
             with ddp.no_sync() if world > 1 and micro < accumulate - 1 else nullcontext():
                 with autocast():
-                    loss, _ = ddp(x, mask)
+                    loss, _ = ddp(x, mask, extra)
                 scaler.scale(loss / accumulate).backward()
             step_loss += loss.detach() / accumulate
         if stopped:
@@ -253,7 +285,7 @@ def main():
                              f"use --amp fp32; {last} is as it was before them")
 
         # ------------------------------------------------------------------------------------------- log, stop, save
-        if step % recipe.log_every == 0 or step % steps_per_epoch == 0 or step <= 10:
+        if step % recipe.log_every == 0 or step % steps_per_epoch == 0 or step <= 10 or recipe.dry_run:
             seconds = time.perf_counter() - mark
             speed, wait = (step - logged) * recipe.batch_size / seconds, reduce_mean(waited / seconds, device)
             loss_mean = reduce_mean(loss_sum / steps_summed, device) if steps_summed else None
@@ -277,13 +309,25 @@ def main():
         sys.exit(128 + signal.Signals[stopped])
 
     # ------------------------------------------------------------------------------------------------------------- end
+    if recipe.dry_run:
+        cost = count_flops(model, (1, *x.shape[1:]))
+        with autocast():
+            of_goal = goal_flops(model, x[:1], None if extra is None else extra[:1])
+        teacher = getattr(model.target, "teacher", None)
+        say(f"dry run, nothing written: student {cost['parameters'] / 1e6:.1f} M parameters, {cost['flops'] / 1e9:.3g} "
+            f"GFLOPs forward per {samples.kind}; target {recipe.target} {teacher.size / 1e6 if teacher else 0:.1f} M "
+            f"parameters, {of_goal / 1e9:.3g} GFLOPs; peak memory {peak_memory(device):.2f} GiB; {seconds:.3g} s per "
+            f"step, so {total_steps * seconds / 3600:.3g} hours for {total_steps} steps")
+        return
     say(f"{step} steps, {skipped} skipped for non-finite gradients, {len(unreadable)} unreadable files replaced; "
         f"peak memory {peak_memory(device):.2f} GiB")
     if rank == 0:
         try:
             shown = layouts.find_samples(recipe.data, "val")
+            data.extras(model.target, shown.paths, grid[-2:], folder=recipe.teacher)       # have they label maps?
         except (ValueError, OSError):
-            say(f"{recipe.data} has no validation part: the picture shows training samples")
+            say(f"{recipe.data} has no validation part" + (" with label maps" if recipe.target == "label" else "") +
+                ": the picture shows training samples")
             shown = samples
         paths = [path for path in shown.paths if path not in unreadable]
         written = [last, lines]

@@ -1,25 +1,41 @@
-"""What MaskFeat predicts (Sec. 2.2, Table 1): one class per target, all with the same signature.
+"""What MaskFeat predicts (Sec. 2.2, Tables 1, 2): one class per kind of target, all with the same signature.
 
+    target.needs                            what of the sample it is computed from:
+                                              "frames": of the input, the frame at each cube's centre, (B, t, 3, H, W)
+                                              "clip":   all of the input, (B, 3, T, H, W)
+                                              "view", "labels": what the loader adds under this name (data.py)
     target.dim                              numbers per output token
-    target(frames)                          (B, t, 3, H, W) normalised, intact frames -> goal (B, t*h*w, dim)
-    target.loss(prediction, goal, mask)     (B, N, dim) twice, bool (B, N) -> scalar, mean over masked tokens
+    target(x)                               x: as above, intact -> goal (B, t*h*w, ...), tokens row by row
+    target.loss(prediction, goal, mask)     (B, N, dim), the goal, bool (B, N) -> scalar, mean over masked tokens
 """
-import torch.nn as nn
+import functools
 
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import teachers
 from hog import HOG, patch_hog
+
+
+def masked_mean(values, mask):
+    """Mean over the masked tokens of the batch. values: (B, N); mask: bool (B, N)."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
 def masked_mse(prediction, goal, mask):
     """Mean squared error over the masked tokens of the batch and all their numbers (Sec. 2.1: l2; release: mean)."""
-    error = (prediction - goal).square().mean(dim=-1)                         # (B, N)
-    return (error * mask).sum() / mask.sum().clamp(min=1)
+    return masked_mean((prediction - goal).square().mean(dim=-1), mask)
 
+
+# ----------------------------------------------------------------------------------------------------- of pixels alone
 
 class HOGTarget(nn.Module):
     """Histograms of oriented gradients of each patch (Sec. 2.2, Table 8): 3 colours x 9 bins x 2x2 cells = 108.
 
     patch_size: pixels per output token, a multiple of `cell`. Other arguments: see `hog.HOG`.
     """
+    needs = "frames"
 
     def __init__(self, patch_size=16, bins=9, cell=8, norm="l2", color="rgb", gradient="sobel"):
         super().__init__()
@@ -43,6 +59,7 @@ class PixelTarget(nn.Module):
     norm: "dataset", the input as normalised by the data set's mean and std (paper); "patch", each patch and all its
         colours further brought to zero mean and unit variance (release's option; unbiased, eps 1e-6).
     """
+    needs = "frames"
 
     def __init__(self, patch_size=16, norm="dataset"):
         super().__init__()
@@ -62,4 +79,142 @@ class PixelTarget(nn.Module):
     loss = staticmethod(masked_mse)
 
 
-TARGETS = {"hog": HOGTarget, "pixel": PixelTarget}
+# ---------------------------------------------------------------------------------------------------------- of teachers
+
+class FeatureTarget(nn.Module):
+    """Features of a frozen teacher, one unit vector per token (Sec. 2.2, Tables 1, 2: DINO, MoCo, DeiT, ResNet, MViT).
+
+    teacher: path of its weights, for `load`, a loader of teachers.py. grid: (h, w) of the student's tokens, image_size:
+        (H, W) of its input. mean, std: of the student's normalisation; the teacher gets its own.
+    align: how a teacher's map of another size, such as 7x7 of stride 32, meets the grid; the paper does not say.
+        "bilinear" (default): the last features as they were trained, for nothing, and no two patches share a target.
+        "nearest": 2x2 patches share one. "dilated" (CNN, MViT): the last stage keeps 14x14 with the same weights, for
+        half again a ResNet's compute; even places have the values of 7x7, the others are such as no training saw.
+    """
+    MODES = {"bilinear": {"mode": "bilinear", "align_corners": False}, "nearest": {"mode": "nearest"}}
+    MODES["dilated"] = MODES["bilinear"]                                      # for what still differs
+
+    def __init__(self, load, needs="frames", *, teacher, grid, image_size, mean, std, align="bilinear"):
+        super().__init__()
+        if align not in self.MODES:
+            raise ValueError(f"align={align!r}: use one of {', '.join(self.MODES)}")
+        self.needs, self.grid, self.align = needs, tuple(grid), align
+        self.teacher = load(teacher, align)
+        self.dim = self.teacher.dim
+        for side in image_size:
+            if side % self.teacher.patch:
+                raise ValueError(f"image_size={image_size} does not suit the teacher {teacher}: {side} is not a "
+                                 f"multiple of its {self.teacher.patch} pixels per token")
+        own_mean, own_std, mean, std = (torch.tensor(v) for v in (self.teacher.mean, self.teacher.std, mean, std))
+        self.register_buffer("scale", std / own_std, persistent=False)
+        self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
+
+    def train(self, mode=True):
+        return super().train(False)                                           # the statistics of BatchNorm stay
+
+    def forward(self, x):
+        B, video = len(x), self.needs == "clip"
+        x = x if video else x.flatten(0, 1)                                   # (B, 3, T, H, W) or (B*t, 3, H, W)
+        shape = (3, *[1] * (x.ndim - 2))
+        x = self.teacher(x * self.scale.view(shape) + self.shift.view(shape)).float()
+        x = x.transpose(1, 2).flatten(0, 1) if video else x                   # (B*t, D, h', w')
+        if tuple(x.shape[2:]) != self.grid:
+            x = F.interpolate(x, size=self.grid, **self.MODES[self.align])    # (B*t, D, h, w)
+        return F.normalize(x.flatten(2).transpose(1, 2).reshape(B, -1, self.dim), dim=-1)
+
+    @staticmethod
+    def loss(prediction, goal, mask):
+        """Mean squared error of unit vectors, (2 - 2 cos) / dim (Sec. 2.2: cosine distance)."""
+        return masked_mse(F.normalize(prediction, dim=-1), goal, mask)
+
+
+class TokenTarget(nn.Module):
+    """Tokens of DALL-E's dVAE encoder, 8192-way classification (Sec. 2.2, Table 1; BEiT).
+
+    From a second view of the same crop and flip with 8 pixels per token. teacher: path of the encoder's weights.
+    """
+    needs = "view"
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher = teachers.load_dvae(teacher)
+        self.dim = self.teacher.dim
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def forward(self, view):
+        """(B, t, 3, 8h, 8w) uint8 -> (B, t*h*w) int64."""
+        return self.teacher(view.flatten(0, 1).float() / 255).argmax(1).reshape(len(view), -1)
+
+    @staticmethod
+    def loss(prediction, goal, mask):
+        return masked_mean(F.cross_entropy(prediction.transpose(1, 2), goal, reduction="none"), mask)
+
+
+# ------------------------------------------------------------------------------------------------------- pseudo-labels
+
+def box_weights(start, length, size, bins):
+    """Weights (B, bins, size) by which RoIAlign averages an axis of a map: row i belongs to bin i.
+
+    start, length: (B,), the box on this axis in cells of the map, whose centres are at 0.5, 1.5, ... Each bin is the
+    mean of ceil(length / bins) samples, each interpolated linearly between cells.
+    """
+    width = length.clamp(min=1) / bins                                        # (B,); RoIAlign: at least one cell in all
+    count = width.ceil()                                                      # samples in a bin
+    k = torch.arange(size, device=start.device)
+    place = (torch.arange(bins, device=start.device)[:, None] + (k + 0.5) / count[:, None, None]) * width[:, None, None]
+    place = (start[:, None, None] - 0.5 + place)[..., None]                   # (B, bins, samples, 1)
+    weights = (1 - (place.clamp(0, size - 1) - k).abs()).clamp(min=0)         # (B, bins, samples, size)
+    used = (k < count[:, None])[:, None, :, None] & (place >= -1) & (place <= size)       # far outside counts as 0
+    return (weights * used).sum(2) / count[:, None, None]
+
+
+class LabelTarget(nn.Module):
+    """Pseudo-labels: a class distribution per token, from Token Labeling's maps of logits (Sec. 2.2, Table 1).
+
+    The box of the crop is cut out of the map by RoIAlign, then softmax over all classes; classes that the map does not
+    name at a place have logit 0. grid: (h, w) of tokens.
+    order: "xy" cuts the box where the crop is; "released" passes its corners as the released code does, top as x and
+        left as y, so that a map is cut at the mirror place of the diagonal. Uncorrected in both: the maps were made of
+        the central square of each image, while boxes are fractions of the whole.
+    """
+    needs = "labels"
+
+    def __init__(self, grid, classes=1000, order="xy"):
+        super().__init__()
+        if order not in ("xy", "released"):
+            raise ValueError(f'label order={order!r}: use "xy" (correct) or "released"')
+        self.grid, self.dim, self.order = tuple(grid), classes, order
+
+    def forward(self, labels):
+        """labels: (B, 3, 5, H, W) float32: top-5 logits; their classes; in the first four numbers of the last plane the
+        crop (top, left, h, w) in fractions. Returns (B, h*w, classes), sums 1."""
+        with torch.autocast(labels.device.type, enabled=False):
+            H, W = labels.shape[3:]
+            top, left, h, w = labels[:, 2].flatten(1)[:, :4].unbind(1)        # each (B,)
+            if self.order == "released":
+                top, left, h, w = left, top, w, h
+            logits = labels.new_zeros(len(labels), self.dim, H, W).scatter_(1, labels[:, 1].long(), labels[:, 0])
+            rows, columns = box_weights(top * H, h * H, H, self.grid[0]), box_weights(left * W, w * W, W, self.grid[1])
+            logits = rows[:, None] @ logits @ columns[:, None].transpose(2, 3)             # (B, classes, h, w)
+            return logits.flatten(2).transpose(1, 2).softmax(-1)
+
+    @staticmethod
+    def loss(prediction, goal, mask):
+        """Soft cross-entropy."""
+        return masked_mean(-(goal * prediction.log_softmax(-1)).sum(-1), mask)
+
+
+TARGETS = {
+    "hog": HOGTarget,
+    "pixel": PixelTarget,
+    "dvae": TokenTarget,
+    "dino": functools.partial(FeatureTarget, teachers.load_vit),
+    "mocov3": functools.partial(FeatureTarget, teachers.load_vit),
+    "deit": functools.partial(FeatureTarget, teachers.load_vit),
+    "mocov2": functools.partial(FeatureTarget, teachers.load_resnet50),
+    "resnet50": functools.partial(FeatureTarget, teachers.load_resnet50),
+    "mvit_b": functools.partial(FeatureTarget, teachers.load_mvit_b, "clip"),
+    "label": LabelTarget,
+}

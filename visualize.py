@@ -4,6 +4,10 @@
 
 For clips the picture shows several frames of each, and an animation of all of them is written beside it (.gif).
 In the row of predictions, hidden patches show what the model predicts, visible ones the target, dimmed and blue.
+
+HOG and pixels are shown as they are; dVAE tokens by a colour each, and predictions of them green where the token is
+right, else red, brighter the more probable it was; features by their three principal components as colours, and
+predictions by their cosine similarity to the target; pseudo-labels by number and colour of the top class.
 """
 import argparse
 import json
@@ -49,30 +53,66 @@ def draw_vectors(vectors, frame, grid, recipe, patch, scale, zoom):
     return enlarge(to_image(pixels.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2), recipe), zoom)
 
 
+def token_colors(target, prediction, goal):
+    """Colours of predicted and of wanted tokens, uint8 (t, N, 3) each, for targets that are not pictures themselves.
+
+    prediction, goal: (t, N, dim), or (t, N, 1) for the goal of dvae, of one sample.
+    """
+    if target in ("dvae", "label"):
+        palette = np.random.default_rng(0).integers(40, 256, (prediction.shape[-1], 3), np.uint8)
+        if target == "label":
+            return palette[prediction.argmax(-1)], palette[goal.argmax(-1)]
+        probability = prediction.softmax(-1).gather(-1, goal.long())          # of the right token, (t, N, 1)
+        goal = goal[..., 0].long()
+        right = (prediction.argmax(-1) == goal)[..., None].numpy()
+        shade = np.where(right, (60, 210, 90), (210, 60, 50)) * (0.4 + 0.6 * probability.sqrt().numpy())
+        return shade.astype(np.uint8), palette[goal]
+    alike = torch.cosine_similarity(prediction, goal, dim=-1).clamp(min=0)[..., None].expand(*goal.shape[:2], 3)
+    centred = goal.flatten(0, 1) - goal.flatten(0, 1).mean(0)                 # (t*N, D): one basis for all frames
+    parts = centred @ torch.linalg.svd(centred, full_matrices=False)[2][:3].T
+    parts = (parts / parts.std(0).clamp(min=1e-12) / 4 + 0.5).clamp(0, 1).unflatten(0, goal.shape[:2])
+    return (255 * alike).byte().numpy(), (255 * parts).byte().numpy()
+
+
+def number(picture, labels, grid):
+    """Write each token's number into its place in a uint8 picture (H, W, 3)."""
+    picture = Image.fromarray(picture)
+    pen, h, w = ImageDraw.Draw(picture), picture.height // grid[0], picture.width // grid[1]
+    font = ImageFont.load_default(max(min(h, w) // 2.2, 6))
+    for i, label in enumerate(labels.tolist()):
+        pen.text((i % grid[1] * w + w / 2, i // grid[1] * h + h / 2), str(label), "black", font, "mm")
+    return np.asarray(picture)
+
+
 @torch.no_grad()
-def panels(model, recipe, x, mask):
+def panels(model, recipe, x, mask, extra=None):
     """The four pictures of every frame the model predicts of one sample.
 
-    x: (3, T, H, W) or (3, H, W) normalised; mask: bool, (t, h, w) or (h, w). Returns a list over token times of lists
-    of uint8 (zoom*H, zoom*W, 3) in the order of ROWS.
+    x: (3, T, H, W) or (3, H, W) normalised; mask: bool, (t, h, w) or (h, w); extra: what the target needs instead of x.
+    Returns a list over token times of lists of uint8 (zoom*H, zoom*W, 3) in the order of ROWS.
     """
     zoom = max(2, round(200 / x.shape[-2]))                                   # screen pixels per input pixel
-    _, prediction = model(x[None], mask[None])
-    goal = model.goal(x[None])
+    _, prediction = model(x[None], mask[None], extra)
+    goal = model.goal(x[None], extra)
     patch, stride = model.encoder.patch_stride[-1], model.encoder.patch_stride[0]
     frames = x[:, ::stride].transpose(0, 1) if x.ndim == 4 else x[None]       # (t, 3, H, W)
     mask = mask.view(len(frames), *mask.shape[-2:]).cpu()
     grid = mask.shape[1:]
     prediction, goal = (v[0].float().cpu().view(len(frames), grid[0] * grid[1], -1) for v in (prediction, goal))
-    result = []
-    for frame, hidden, predicted, wanted in zip(frames.cpu(), mask, prediction, goal):
+    result, drawn = [], recipe["target"] in ("hog", "pixel")
+    colors = None if drawn else token_colors(recipe["target"], prediction, goal)
+    for t, (frame, hidden, predicted, wanted) in enumerate(zip(frames.cpu(), mask, prediction, goal)):
         original = enlarge(to_image(frame, recipe), zoom)
         big = enlarge(hidden.numpy(), zoom * patch)[..., None]
         scale = None
         if recipe["target"] == "hog":                                         # one brightness for both rows
             scale = float(unpatch_hog(wanted[None], grid, patch // recipe["cell"], recipe["bins"]).sum(1).max())
-        target = draw_vectors(wanted, frame, grid, recipe, patch, scale, zoom)
-        guess = draw_vectors(predicted, frame, grid, recipe, patch, scale, zoom)
+        if drawn:
+            guess, target = (draw_vectors(v, frame, grid, recipe, patch, scale, zoom) for v in (predicted, wanted))
+        else:
+            guess, target = (enlarge(color[t].reshape(*grid, 3), zoom * patch) for color in colors)
+        if recipe["target"] == "label":
+            guess, target = number(guess, predicted.argmax(-1), grid), number(target, wanted.argmax(-1), grid)
         dimmed = (target * np.array([0.25, 0.35, 0.6])).astype(np.uint8)
         result.append([np.where(big, np.uint8(110), original), np.where(big, guess, dimmed), target, original])
     return result
@@ -109,18 +149,21 @@ def draw(model, recipe, paths, output, device="cpu", frames=4, seed=0):
     grid = tuple(n // s for n, s in zip(size, stride))
     samples = layouts.Samples("video" if video else "image", list(paths), [-1] * len(paths), [])
     dataset = data.TrainDataset(samples, recipe["image_size"], recipe["num_frames"] if video else None,
-                                recipe["sampling_rate"], train=False)
+                                recipe["sampling_rate"], train=False,
+                                **data.extras(model.target, paths, grid[-2:], stride[0], recipe.get("teacher", "")))
     mean, std = (torch.tensor(recipe[key]).view(3, *[1] * len(grid)) for key in ("mean", "std"))
     columns, names, movie, titles = [], [], [], []
     for i, path in enumerate(paths):
         try:
-            x = (dataset.view(dataset.read(path)).float() / 255 - mean) / std
+            item = dataset.view(dataset.read(path), None, dataset.label_map(i))
+            x = (item["x"].float() / 255 - mean) / std
         except data.UnreadableFile as error:
             print(f"left out: {error}")
             continue
         mask = masking.draw_mask(recipe["mask"], grid, recipe["mask_ratio"], data.sample_rng(seed, 0, i),
                                  recipe.get("frame_runs", True))
-        steps = panels(model, recipe, x.to(device), torch.from_numpy(mask).to(device))
+        extra = item[model.target.needs][None].to(device) if model.target.needs in item else None
+        steps = panels(model, recipe, x.to(device), torch.from_numpy(mask).to(device), extra)
         movie.append(steps)
         titles.append(os.path.basename(path))
         shown = range(len(steps)) if len(steps) <= frames else \
@@ -172,6 +215,7 @@ def main():
     parser.add_argument("--output", default="prediction.png")
     parser.add_argument("--frames", type=int, default=4, help="frames of each clip in the picture")
     parser.add_argument("--seed", type=int, default=0, help="of the masks")
+    parser.add_argument("--teacher", help="where the target's teacher or label maps are now, if not where they were")
     args = parser.parse_args()
     checkpoint = read_checkpoint(args.checkpoint)
     if not isinstance(checkpoint.get("recipe"), dict) or "mask_token" not in checkpoint.get("model", {}):
@@ -184,6 +228,7 @@ def main():
         if not os.path.isfile(path):
             raise FileNotFoundError(f"no file {path}")
     recipe = checkpoint["recipe"]
+    recipe["teacher"] = args.teacher or recipe.get("teacher", "")
     model = build_maskfeat(recipe)
     model.load_state_dict(checkpoint["model"])
     os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)

@@ -1,0 +1,249 @@
+"""Frozen networks whose outputs MaskFeat can predict (Sec. 2.2, Tables 1, 2), and the reading of their public files.
+
+    teacher = load_vit("dino_vitbase16_pretrain.pth")
+    teacher(images)                                # (B, 3, H, W), normalised by teacher.mean and .std -> (B, 768, h, w)
+
+Modules carry the names of the public files (DALL-E's, torchvision's, SlowFast's; ViTs are vit.py's), so that these load
+by name. Files are read by `engine.read_checkpoint`: nothing but tensors and plain values is made of them.
+"""
+import math
+import re
+from collections import OrderedDict
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import mvit
+import vit
+from engine import read_checkpoint
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+KINETICS = (0.45,) * 3, (0.225,) * 3
+
+
+# ------------------------------------------------------------------------------------------------------- dVAE encoder
+
+class Conv(nn.Module):
+    """Convolution of stride 1 that keeps the size, with DALL-E's names for weight and bias."""
+
+    def __init__(self, dim, dim_out, kernel):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(dim_out, dim, kernel, kernel))
+        self.b = nn.Parameter(torch.zeros(dim_out))
+
+    def forward(self, x):
+        return F.conv2d(x, self.w, self.b, padding=self.w.shape[-1] // 2)
+
+
+class EncoderBlock(nn.Module):
+    """ReLU and convolution, four times, beside the identity; the branch counts 1/64 = 1/blocks^2."""
+
+    def __init__(self, dim, dim_out):
+        super().__init__()
+        hidden, layers = dim_out // 4, OrderedDict()
+        sizes = (dim, hidden, 3), (hidden, hidden, 3), (hidden, hidden, 3), (hidden, dim_out, 1)
+        for i, size in enumerate(sizes, 1):
+            layers |= {f"relu_{i}": nn.ReLU(), f"conv_{i}": Conv(*size)}
+        self.id_path = Conv(dim, dim_out, 1) if dim != dim_out else nn.Identity()
+        self.res_path = nn.Sequential(layers)
+
+    def forward(self, x):
+        return self.id_path(x) + self.res_path(x) / 64
+
+
+class Encoder(nn.Module):
+    """DALL-E's dVAE encoder, 54 M parameters (Sec. 2.2, Table 1): one of 8192 tokens for 8x8 pixels."""
+
+    def __init__(self):
+        super().__init__()
+        layers, dims = OrderedDict(input=Conv(3, 256, 7)), (256, 256, 512, 1024, 2048)
+        for k in range(1, 5):
+            group = {"block_1": EncoderBlock(dims[k - 1], dims[k]), "block_2": EncoderBlock(dims[k], dims[k])}
+            pool = {"pool": nn.MaxPool2d(2)} if k < 4 else {}
+            layers[f"group_{k}"] = nn.Sequential(OrderedDict(group | pool))
+        layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv(2048, 8192, 1)))
+        self.blocks = nn.Sequential(layers)
+
+    def forward(self, images):
+        """(B, 3, 8h, 8w), raw RGB in [0, 1] -> logits (B, 8192, h, w). The last layer is float32 always (original)."""
+        x = self.blocks[:-1](0.8 * images + 0.1)                              # (B, 2048, h, w)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.blocks.output(x.float())
+
+
+# ----------------------------------------------------------------------------------------------------------- ResNet-50
+
+class Bottleneck(nn.Module):
+    def __init__(self, dim_in, dim, stride, dilation):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(dim_in, dim, 1, bias=False), nn.BatchNorm2d(dim)
+        self.conv2, self.bn2 = nn.Conv2d(dim, dim, 3, stride, dilation, dilation, bias=False), nn.BatchNorm2d(dim)
+        self.conv3, self.bn3 = nn.Conv2d(dim, 4 * dim, 1, bias=False), nn.BatchNorm2d(4 * dim)
+        self.downsample = nn.Sequential(nn.Conv2d(dim_in, 4 * dim, 1, stride, bias=False), nn.BatchNorm2d(4 * dim)) \
+            if dim_in != 4 * dim else nn.Identity()
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+
+
+class ResNet50(nn.Module):
+    """ResNet-50 up to its last map, 23.5 M parameters; strides in the 3x3 convolutions (torchvision, MoCo).
+
+    dilated: the last stage keeps 1/16 of the side with kernels dilated by 2: at even places, the map of 1/32.
+    """
+
+    def __init__(self, dilated=False):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
+        for k, (depth, dim) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512)), 1):
+            full = dilated and k == 4
+            first = Bottleneck(64 if k == 1 else 2 * dim, dim, 1 if k == 1 or full else 2, 1)
+            others = (Bottleneck(4 * dim, dim, 1, 2 if full else 1) for _ in range(depth - 1))
+            self.add_module(f"layer{k}", nn.Sequential(first, *others))
+
+    def forward(self, x):
+        """(B, 3, H, W) -> (B, 2048, H/32, W/32), or H/16, W/16 if dilated."""
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)            # (B, 64, H/4, W/4)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+# ---------------------------------------------------------------------------------------------------------------- ViT
+
+class PatchTokens(nn.Module):
+    """A ViT's patch tokens as a map, after the final norm as in DINO's own features (paper: "output patch tokens")."""
+
+    def __init__(self, trunk):
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, x):
+        """(B, 3, H, W) -> (B, D, h, w)."""
+        tokens, grid = self.trunk.encode(*self.trunk.embed(x))                # (B, 1 + N, D)
+        return self.trunk.norm(tokens[:, 1:]).transpose(1, 2).unflatten(2, grid)
+
+
+def sincos_positions(grid, dim):
+    """MoCo v3's fixed position table (1, 1 + h*w, dim), zero for the class token: sin, cos of row, column."""
+    frequency = 10000.0 ** -(torch.arange(dim // 4).double() * 4 / dim)
+    places = torch.cartesian_prod(*(torch.arange(n).double() for n in grid)).T             # (2, N): row, column
+    angles = places[..., None] * frequency                                    # (2, N, dim / 4)
+    table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([torch.zeros(1, dim), table.float()])[None]
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+CONTAINERS = ("model_state", "model", "teacher", "state_dict", None)          # where a file keeps its state dict
+# What stands before the names, after DDP's "module.": nothing, DINO's, MoCo v3's, MoCo v2's, our pre-training's.
+PREFIXES = ("", "backbone.", "base_encoder.", "encoder_q.", "encoder.")
+PICKLED = ("dall_e.encoder.Encoder", "dall_e.encoder.EncoderBlock", "dall_e.utils.Conv2d",   # in DALL-E's encoder.pkl
+           "torch.nn.modules.container.Sequential", "torch.nn.modules.activation.ReLU",
+           "torch.nn.modules.pooling.MaxPool2d", "torch.nn.modules.linear.Identity")
+
+
+class Inert(dict):
+    """What a module of those classes is read as: an empty dict that stores the module's attributes and does nothing."""
+
+
+def tensors_of(module, prefix=""):
+    """{name: tensor} of a module pickled as Inert."""
+    state = {prefix + name: x for name, x in getattr(module, "_parameters", {}).items() if x is not None}
+    for name, child in getattr(module, "_modules", {}).items():
+        state |= tensors_of(child, f"{prefix}{name}.")
+    return state
+
+
+def read_state(path, sign):
+    """(state dict in our names, where it was) of a teacher's file; sign: a name that tells the kind of network."""
+    if not path:
+        raise ValueError("this target needs the weights of its teacher: name their file with --teacher")
+    with torch.serialization.safe_globals([(Inert, name) for name in PICKLED]):
+        checkpoint = read_checkpoint(path)
+    checkpoint = tensors_of(checkpoint) if isinstance(checkpoint, Inert) else checkpoint
+    for key in CONTAINERS:
+        state = checkpoint if key is None else checkpoint.get(key)
+        state = state.items() if isinstance(state, dict) else ()
+        state = {str(name).removeprefix("module."): x for name, x in state if isinstance(x, torch.Tensor)}
+        if sign == "blocks.input.w":                                          # transformers has FLAVA's codebook so
+            state = {re.sub(r"\.(w|b)(eight|ias)$", r".\1", name.replace(".group.", ".").replace(".path.", ".")): x
+                     for name, x in state.items()}
+        for prefix in PREFIXES:
+            if prefix + sign in state and state[prefix + sign].ndim > 1:
+                own = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+                if prefix == "encoder.":                                      # ours keeps the trunk's norm outside
+                    own |= {name: x for name, x in state.items() if name.startswith("norm.")}
+                return own, f"{path}, {'/'.join(filter(None, (key, prefix))) or 'top level'}"
+    raise ValueError(f"{path} is no such teacher: no tensor {sign}, on top or in {', '.join(CONTAINERS[:-1])}, with or "
+                     f"without {', '.join(PREFIXES[1:])} before its name")
+
+
+def fill(build, state, path, ignored):
+    """The model that build() makes, filled from `state`; what starts with `ignored` may lack there or be left over."""
+    with torch.device("meta"):                                                # no time lost on random weights
+        model = build()
+    own = {name: x for name, x in model.state_dict().items() if not name.startswith(ignored)}
+    state = {name: torch.tensor(0) for name in own if name.endswith("num_batches_tracked")} | state
+    lacks = [name for name in own if name not in state]
+    odd = [f"{name} {tuple(x.shape)}" for name, x in state.items()
+           if not name.startswith(ignored) and (name not in own or x.shape != own[name].shape)]
+    if lacks or odd:
+        raise ValueError(f"{path} is no complete {type(model).__name__}: " + "; ".join(
+            f"{len(names)} tensors {what}, such as {names[0]}"
+            for what, names in (("missing", lacks), ("that do not fit", odd)) if names))
+    model.load_state_dict({name: state[name].to(x.dtype) for name, x in own.items()}, strict=False, assign=True)
+    return model
+
+
+def load_vit(path, align="bilinear"):
+    """ViT of any public layout: DINO (backbone or full), MoCo v3, DeiT, timm, ours; also smaller ones made here."""
+    state, about = read_state(path, "patch_embed.proj.weight")
+    width, *_, patch = state["patch_embed.proj.weight"].shape
+    positions = state.get("pos_embed", torch.empty(0)).numel() // width
+    side = math.isqrt(max(positions - 1, 0))
+    depth = 1 + max((int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)), default=-1)
+    presets = {(128, 6): vit.vit_tiny, (768, 12): vit.vit_b, (1024, 24): vit.vit_l}
+    if (width, depth) not in presets or side * side + 1 != positions:
+        raise ValueError(f"{path} is no ViT that we know: {depth} blocks, {width} wide, pos_embed of {positions}; use "
+                         "a ViT-B, ViT-L or vit_tiny with a class token and a square grid")
+    trunk = fill(lambda: presets[width, depth](num_classes=1, image_size=side * patch, patch_size=patch), state, path,
+                 ("head.", "mask_token"))
+    del trunk.head                                                            # of no use, but it brings the final norm
+    fixed = torch.allclose(trunk.pos_embed, sincos_positions((side, side), width), atol=1e-3)
+    about += ", positions " + ("as in MoCo v3" if fixed else "learned")
+    return describe(PatchTokens(trunk), width, patch, IMAGENET, about)
+
+
+def load_resnet50(path, align="bilinear"):
+    """ResNet-50 of torchvision or MoCo v2."""
+    state, about = read_state(path, "layer1.0.conv1.weight")
+    teacher = fill(lambda: ResNet50(align == "dilated"), state, path, ("fc.",))
+    return describe(teacher, 2048, 16 if align == "dilated" else 32, IMAGENET, about)
+
+
+def load_mvit_b(path, align="bilinear"):
+    """MViT-B 16x4 of SlowFast's model zoo."""
+    state, about = read_state(path, "pos_embed_spatial")
+    stride = 16 if align == "dilated" else 32
+    return describe(fill(lambda: mvit.MViTB(stride), state, path, ("head.",)), 768, stride, KINETICS, about)
+
+
+def load_dvae(path):
+    """DALL-E's encoder, from a state dict or the pickled module. (In torch's format before 1.6, modules are refused:
+    save its state dict with the original package.)"""
+    state, about = read_state(path, "blocks.input.w")
+    return describe(fill(Encoder, state, path, ()), 8192, 8, ((0.0,) * 3, (1.0,) * 3), about)
+
+
+def describe(teacher, dim, patch, mean_std, about):
+    """Note dim, pixels per token, normalisation, origin; then freeze: eval mode, and every tensor becomes a buffer that
+    moves with the model but that no checkpoint, optimizer or count of parameters sees."""
+    teacher.dim, teacher.patch, (teacher.mean, teacher.std), teacher.about = dim, patch, mean_std, about
+    teacher.size = sum(p.numel() for p in teacher.parameters())
+    for module in teacher.modules():
+        for name, x in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            delattr(module, name)
+            module.register_buffer(name, x.detach(), persistent=False)
+    return teacher.eval()
