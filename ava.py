@@ -530,7 +530,8 @@ def train(name, recipe, given, rank, world, device, stop, say):
         refuse_other_run(last, checkpoint, recipe, fingerprint, RUN_FIELDS)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:                                              # empty but for fp16
+            scaler.load_state_dict(checkpoint["scaler"])
         step, skipped, untrained = checkpoint["step"], checkpoint["skipped"], checkpoint["untrained"]
         say(f"resumed {last} at step {step}; --init is not read again")
     if len(set(gather_list([step]))) > 1:
@@ -559,6 +560,10 @@ def train(name, recipe, given, rank, world, device, stop, say):
         f"peak lr {recipe.lr:g} x {size}/{recipe.lr_batch} = {recipe.lr * scale:g}; {amp} on {device}; "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, boxes on a grid of stride "
         f"{model.patch_stride[-1]}" + ("" if resumed else f", from {init or 'scratch'}"))
+
+    def sound():
+        """Weights about to blow up are not saved; one or two steps skipped by fp16 are its loss scale settling."""
+        return skipped_in_row < (3 if scaler.is_enabled() else 1)
 
     def save():
         nonlocal saved_step
@@ -632,7 +637,7 @@ def train(name, recipe, given, rank, world, device, stop, say):
             logged, mark = step, time.perf_counter()
         bar.update()
         due = due or step % steps_per_epoch == 0 or time.monotonic() - saved > 60 * recipe.save_minutes
-        if due and not skipped_in_row:                                        # weights about to blow up are not saved
+        if due and sound():
             save()
             saved, due = time.monotonic(), False
         if recipe.val_epochs and step < total_steps and step % (recipe.val_epochs * steps_per_epoch) == 0:
@@ -642,11 +647,13 @@ def train(name, recipe, given, rank, world, device, stop, say):
             mark = time.perf_counter()
     bar.close()
     if stopped:
-        if not skipped_in_row:
+        if sound():
             save()
         say(f"stopped by {stopped} after step {step} of {total_steps}; {last} holds step {saved_step}, go on with "
             "--resume")
         sys.exit(128 + signal.Signals[stopped])
+    if saved_step < step and sound():
+        save()
     say(f"{step} steps, {skipped} skipped for non-finite gradients, {len(unreadable)} unreadable clips replaced; "
         f"peak memory {peak_memory(device):.2f} GiB; wrote {last}, {lines}")
     stem = last.removesuffix(".pt")

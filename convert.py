@@ -114,11 +114,13 @@ def build_classifier(recipe):
     """The fine-tuning model that a recipe describes: a bare encoder with norm and head.
 
     Reads model, num_classes, image_size (H, W), drop_path, dropout (0 if absent), checkpointing, pool; num_frames and
-    expand (MViT) or patch_size (ViT). The output stride is the model's own: 32, and 8 for mvit_tiny.
+    expand (MViT) or patch_size (ViT). The output stride, unless given, is the model's own: 32, and 8 for mvit_tiny.
     """
     options = {key: recipe[key] for key in ("num_classes", "image_size", "drop_path", "checkpointing", "pool")}
     keys = ("num_frames", "expand") if recipe["model"] in mvit.MODELS else ("patch_size",)
     options |= {key: recipe[key] for key in keys}
+    if recipe["model"] in mvit.MODELS and recipe.get("output_stride"):
+        options["output_stride"] = recipe["output_stride"]
     return builder(recipe["model"])(dropout=recipe.get("dropout", 0.0), **options)
 
 

@@ -66,12 +66,18 @@ def gather_list(items):
 
 
 class StopSignal:
-    """SIGTERM and SIGINT set a flag; `agreed()` is the name of the signal if any rank got one, else ""."""
+    """SIGTERM and SIGINT set a flag; `agreed()` is the name of the signal if any rank got one, else "".
+
+    release() gives both back their usual effect, where there is nothing to save.
+    """
 
     def __init__(self):
         self.number = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.receive)
+        self.usual = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def release(self):
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
 
     def receive(self, number, frame):
         if self.number == number == signal.SIGINT:                            # a second Ctrl-C: do not wait
@@ -268,7 +274,7 @@ def parse_recipe(recipes, description, argv=None):
     """A recipe from the command line: a row of `recipes`, with any field overridden by --field.
 
     recipes: {name: frozen dataclass}. --recipe picks the row, else --model the first row of that model, else the first
-    row. Tuples take all their values or one for all, booleans also --no-field. Returns (name, recipe, names given).
+    row. Tuples take all their values or one for all, booleans also --no-field. Returns (name, recipe, names of what was given).
     """
     first = next(iter(recipes.values()))
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -288,15 +294,17 @@ def parse_recipe(recipes, description, argv=None):
         else:
             parser.add_argument(*flags, type=type(default), **about)
     given = vars(parser.parse_args(argv))
-    name = given.pop("recipe") or next(
-        (n for n, r in recipes.items() if r.model == given.get("model", first.model)), next(iter(recipes)))
+    named = given.pop("recipe")
+    name = named or next((n for n, r in recipes.items() if r.model == given.get("model", first.model)), None)
+    if name is None:
+        parser.error(f"no recipe is for --model {given['model']}: name one with --recipe, from {', '.join(recipes)}")
     for key, values in given.items():
         if isinstance(values, list):                                          # one value stands for all
             length = len(getattr(first, key)) or len(values)
             if len(values) not in (1, length):
                 parser.error(f"--{key.replace('_', '-')} takes 1 or {length} values, not {len(values)}")
             given[key] = tuple(values) * (length // len(values))
-    return name, dataclasses.replace(recipes[name], **given), set(given)
+    return name, dataclasses.replace(recipes[name], **given), set(given) | ({"recipe"} if named else set())
 
 
 def run_main(main):

@@ -43,10 +43,11 @@ def over_views(forward, dataset, device, device_batch, workers, rank, world, wha
     return sorted(gather_list(records), key=lambda record: record[0]), sorted(gather_list(unreadable))
 
 
-def accuracy(probabilities, labels, k):
-    """Share of rows whose label is among the k largest. probabilities: (n, K), labels: (n,); float."""
-    best = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
-    return float((best == labels[:, None]).any(axis=1).mean())
+def accuracy(scores, labels, k):
+    """Share of rows whose label is among the k best; of equal scores the lower class is better. scores: (n, K)."""
+    own = np.take_along_axis(scores, labels[:, None], axis=1)                 # (n, 1)
+    before = np.arange(scores.shape[1]) < labels[:, None]
+    return float((((scores > own) | (scores == own) & before).sum(axis=1) < k).mean())
 
 
 def test(forward, dataset, classes, device, device_batch, workers, rank, world):
@@ -60,8 +61,10 @@ def test(forward, dataset, classes, device, device_batch, workers, rank, world):
     if not records:
         raise ValueError(f"none of the {len(unreadable)} files to test can be read, the first: {unreadable[0]}")
     labels = np.array([label for _, label, _ in records])
-    views = np.stack([output for _, _, output in records]).astype(np.float64)          # (files, views, K)
-    scores = views.mean(axis=1)
+    views = np.stack([output for _, _, output in records])                    # (files, views, K)
+    if not np.isfinite(views).all():
+        raise ValueError("the model gives scores that are not finite: its weights are unusable, or --amp fp16 is too narrow")
+    scores = views.mean(axis=1, dtype=np.float64)
     flat, repeated = views.reshape(-1, views.shape[2]), labels.repeat(views.shape[1])
     confusion = np.zeros((len(classes), len(classes)), int)
     np.add.at(confusion, (labels, np.argsort(-scores, axis=1, kind="stable")[:, 0]), 1)

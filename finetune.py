@@ -114,14 +114,16 @@ K400_L = replace(                                    # release: k400_MVITv2_L_16
     repeats=1, device_batch=4)
 # Table 3's larger inputs: 30 epochs from the fine-tuned 16x4 model, recomputing activations (Sec. 4.1). The release has no
 # training config for them: other values as at 16x4.
-LARGE = replace(K400_L, image_size=(312, 312), epochs=30, device_batch=1, checkpointing=True, sampling_rate=3, crops=3)
+LARGE = replace(K400_L, image_size=(312, 312), epochs=30, device_batch=2, checkpointing=True, sampling_rate=3, crops=3)
 IN1K = Recipe(                                       # release: in1k_VIT_B_MaskFeat_FT
     model="vit_b", drop_path=0.1, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), repeats=1, clips=1,
     rand_augment="rand-m9-mstd0.5-inc1", batch_size=2048, lr=2e-3, lr_batch=512, warmup_lr=1e-8, layer_decay=0.65,
     clip_grad=0.0, device_batch=64)
-SSV2 = replace(                                      # release: SSv2/MVITv2_L_40x3, but for expand and the start
+# release: SSv2/MVITv2_L_40x3, but for expand and the start. There a square of 312 is cut from a picture whose shorter side
+# is 356 to 446: 0.37 to 0.58 of one of 4:3. Here the crop's aspect varies as well.
+SSV2 = replace(
     K400_L, num_classes=174, image_size=(312, 312), num_frames=40, sampling_rate=3, segments=True, flip=0.0, mixup=0.0,
-    cutmix=0.0, rand_augment="rand-m7-n4-mstd0.5-inc1", optimizer="sgd", epochs=40, batch_size=128, lr=1.25e-3, lr_batch=8,
+    cutmix=0.0, crop_scale=(0.37, 0.58), rand_augment="rand-m7-n4-mstd0.5-inc1", optimizer="sgd", epochs=40, batch_size=128, lr=1.25e-3, lr_batch=8,
     warmup_epochs=3, warmup_lr=1e-6, min_lr=1e-6, layer_decay=1.0, weight_decay=1e-4, clip_grad=2.0, drop_path=0.75,
     dropout=0.5, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), clips=1, crops=3, checkpointing=True,
     device_batch=1)
@@ -133,6 +135,7 @@ RECIPES = {
         layer_decay=1.0,  # three blocks: with 0.75 the first layers hardly leave what HOG made of them, and see no motion
         clips=3, crop_ratio=1.0, val_epochs=6),
     "k400_mvitv2_s": K400,
+    "k400_mvitv2_b": replace(K400, model="mvitv2_b"),                          # ours, by analogy
     "k400_mvitv2_l": K400_L,
     "k600_mvitv2_l": K400_L,                         # Sec. 4.2: the same recipe on each Kinetics
     "k700_mvitv2_l": K400_L,
@@ -170,16 +173,25 @@ MODEL_FIELDS = ("model", "num_classes", "image_size", "num_frames", "sampling_ra
                 "pool", "mean", "std", "clips", "crops", "crop_ratio", "data")
 
 
-def check(recipe):
-    """Flags that contradict each other, before anything is built."""
+def check(recipe, given):
+    """Flags that contradict each other, before anything is built. given: names of the flags given."""
+    tasks = [name for name in ("predict", "features", "probe") if getattr(recipe, name)]
+    if tasks and not (recipe.eval or recipe.init):
+        raise ValueError(f"--{tasks[0]} needs a checkpoint: --eval CKPT")
+    if "predict" in tasks and len(tasks) > 1:
+        raise ValueError(f"--predict does not go with --{tasks[1]}: run them one after the other")
+    if "color_jitter" in given and recipe.color_jitter and recipe.rand_augment:
+        raise ValueError("--color-jitter is for training without RandAugment: add --rand-augment ''")
     check_positive(recipe, "epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every", "sampling_rate",
                    "patch_size", "repeats", "clips", "layer_decay", "crop_ratio")
     for name in ("num_classes", "clip_grad", "mixup", "cutmix", "val_epochs", "limit_per_class", "warmup_epochs"):
         if getattr(recipe, name) < 0:
             raise ValueError(f"{name}={getattr(recipe, name)} is negative")
-    for name in ("drop_path", "dropout", "flip", "erase", "smoothing"):
-        if not 0 <= getattr(recipe, name) <= 1:
-            raise ValueError(f"{name}={getattr(recipe, name)} is not between 0 and 1")
+    for name in ("drop_path", "dropout", "smoothing", "flip", "erase"):
+        if not 0 <= getattr(recipe, name) <= 1 or getattr(recipe, name) == 1 and name not in ("flip", "erase"):
+            raise ValueError(f"{name}={getattr(recipe, name)} is not a share from 0 to 1")
+    if recipe.crop_ratio > 1:
+        raise ValueError(f"crop_ratio={recipe.crop_ratio} is more than 1: the crop would be larger than the picture")
     if not 0 < recipe.crop_scale[0] <= recipe.crop_scale[1] <= 1:
         raise ValueError(f"crop_scale={recipe.crop_scale} is not an increasing range within (0, 1]")
     if recipe.rand_augment:
@@ -204,9 +216,15 @@ def find(recipe, split, classes=()):
         raise ValueError(f"the classes of {recipe.data}, {', '.join(named[:3])} ..., are not those of the checkpoint, "
                          f"{', '.join(classes[:3])} ...")
     names = list(classes) or named or [str(i) for i in range(recipe.num_classes or max(samples.labels) + 1)]
-    if len(named or names) != len(names) or len(names) != (recipe.num_classes or len(names)):
-        raise ValueError(f"{recipe.data} has {len(named or names)} classes, not {recipe.num_classes or len(names)}: choose "
-                         "other data, or leave out --num-classes")
+    if len(named or names) != len(names):
+        raise ValueError(f"{recipe.data} has {len(named)} classes, not {len(names)} as the checkpoint; it lacks "
+                         f"{', '.join(sorted(set(names) - set(named))[:3]) or 'none'}, and adds "
+                         f"{', '.join(sorted(set(named) - set(names))[:3]) or 'none'}")
+    if len(names) != (recipe.num_classes or len(names)):
+        raise ValueError(f"{recipe.data} has {len(names)} classes, not {recipe.num_classes}: choose other data"
+                         + (", or leave out --num-classes" if not recipe.eval else ""))
+    if len(names) < 2:
+        raise ValueError(f"{recipe.data} has one class only, {names[0]}: there is nothing to tell apart")
     if max(samples.labels) >= len(names):
         raise ValueError(f"label {max(samples.labels)} in the {split} part of {recipe.data} is not one of {len(names)} classes")
     return samples, names
@@ -217,8 +235,13 @@ def load_for_test(recipe, given, say):
     checkpoint = read_checkpoint(recipe.eval)
     form, state = recognise(checkpoint)
     stored = foreign_recipe(checkpoint)                                       # ours tell theirs
+    if "recipe" in given:                                                     # a row that was named says how to test
+        given = {*given, "sampling_rate", "segments", "clips", "crops", "crop_ratio"}
     recipe = replace(recipe, **{key: stored.get(key, getattr(Recipe(), key)) for key in MODEL_FIELDS if key not in given})
-    model = build_classifier({**dataclasses.asdict(recipe), "drop_path": 0.0, "dropout": 0.0})
+    build = {**dataclasses.asdict(recipe), "drop_path": 0.0, "dropout": 0.0}
+    if not recipe.num_classes:                                                # features as they were pre-trained
+        build["output_stride"] = stored.get("output_stride", 0)
+    model = build_classifier(build)
     report = load_weights(model, recipe.eval, verbose=False)
     if recipe.num_classes and any(name.startswith("head") for name in report["fresh"]):
         raise ValueError(f"{recipe.eval} has {stored.get('num_classes', 0)} classes, not {recipe.num_classes}")
@@ -291,6 +314,10 @@ def train(name, recipe, given, rank, world, device, stop, say):
         say(f"batch_size {recipe.batch_size} -> {size}: the data set has only {len(samples)} samples")
     recipe = replace(recipe, batch_size=size, num_classes=len(classes))
     device_batch = size // world // accumulate
+    if device_batch == 1 and (recipe.mixup or recipe.cutmix):
+        raise ValueError(f"mixup and cutmix pair the samples of a forward pass, and a batch of {size} over {world} processes with "
+                         f"device_batch={recipe.device_batch}, repeats={recipe.repeats} leaves one in each: raise --device-batch "
+                         "or --batch-size, or use --mixup 0 --cutmix 0")
     steps_per_epoch = len(samples) // size
     total_steps = recipe.epochs * steps_per_epoch
 
@@ -325,7 +352,8 @@ def train(name, recipe, given, rank, world, device, stop, say):
         refuse_other_run(last, checkpoint, recipe, fingerprint, RUN_FIELDS)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:                                              # empty but for fp16
+            scaler.load_state_dict(checkpoint["scaler"])
         step, skipped = checkpoint["step"], checkpoint["skipped"]
         say(f"resumed {last} at step {step}" + (f"; --init {recipe.init} is not read again" if recipe.init else ""))
     if len(set(gather_list([step]))) > 1:
@@ -360,6 +388,13 @@ def train(name, recipe, given, rank, world, device, stop, say):
         f"peak lr {recipe.lr:g} x {size}/{recipe.lr_batch} = {recipe.lr * scale:g} at the head, x "
         f"{groups[0]['lr_scale']:.2g} at the stem; {amp} on {device}; "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, from {recipe.init or 'scratch'}")
+
+    if recipe.warmup_epochs >= recipe.epochs:
+        say(f"note: the warm-up of {recipe.warmup_epochs:g} epochs is not over before the end, the learning rate only rises")
+
+    def sound():
+        """Weights about to blow up are not saved; one or two steps skipped by fp16 are its loss scale settling."""
+        return skipped_in_row < (3 if scaler.is_enabled() else 1)
 
     def save():
         nonlocal saved_step
@@ -434,7 +469,7 @@ def train(name, recipe, given, rank, world, device, stop, say):
             logged, mark = step, time.perf_counter()
         bar.update()
         due = due or step % steps_per_epoch == 0 or time.monotonic() - saved > 60 * recipe.save_minutes
-        if due and not skipped_in_row:                                        # weights about to blow up are not saved
+        if due and sound():
             save()
             saved, due = time.monotonic(), False
         if recipe.val_epochs and step < total_steps and step % (recipe.val_epochs * steps_per_epoch) == 0:
@@ -446,10 +481,12 @@ def train(name, recipe, given, rank, world, device, stop, say):
             mark = time.perf_counter()
     bar.close()
     if stopped:
-        if not skipped_in_row:
+        if sound():
             save()
         say(f"stopped by {stopped} after step {step} of {total_steps}; {last} holds step {saved_step}, go on with --resume")
         sys.exit(128 + signal.Signals[stopped])
+    if saved_step < step and sound():
+        save()
     say(f"{step} steps, {skipped} skipped for non-finite gradients, {len(unreadable)} unreadable files replaced; "
         f"peak memory {peak_memory(device):.2f} GiB; wrote {last}, {lines}")
     return model, recipe, val_samples, classes
@@ -457,13 +494,14 @@ def train(name, recipe, given, rank, world, device, stop, say):
 
 def main():
     name, recipe, given = parse_recipe(RECIPES, __doc__)
-    check(recipe)
+    check(recipe, given)
     rank, world, device = init_distributed()
     say = tqdm.write if rank == 0 else lambda line: None
 
     # ------------------------------------------------------------------------------------- what needs no data, or no labels
     if recipe.flops:
-        for row_name, row in (RECIPES if name == "default" else {name: recipe}).items():
+        asked = given & {"recipe", "model", "image_size", "num_frames", "patch_size", "expand", "num_classes"}
+        for row_name, row in ({name: recipe} if asked else RECIPES).items():
             video = row.model in mvit.MODELS
             classes = row.num_classes or (400 if video else 1000)
             cost = flops_of(row, classes)
@@ -476,7 +514,6 @@ def main():
         return examine(replace(recipe, eval=recipe_eval), given, rank, world, device, say)
 
     # ------------------------------------------------------------------------------------------------------ train and test
-    stop = StopSignal()
     if not recipe.data:
         recipe = replace(recipe, data="data/synthetic")
         if rank == 0 and not os.path.isdir(recipe.data):
@@ -489,7 +526,9 @@ def main():
     for label, row in runs.items():
         if len(runs) > 1:
             say(f"\n{label}:")
+        stop = StopSignal()
         model, row, samples, classes = train(name, row, given, rank, world, device, stop, say)
+        stop.release()                                                        # a test has nothing to save
         results[label] = run_test(model, row, samples, classes, os.path.join(row.out, "last"), device, rank, world, say)
     if len(runs) > 1:
         view = "clip" if samples.kind == "video" else "crop"
@@ -503,6 +542,8 @@ def examine(recipe, given, rank, world, device, say):
     names_given = recipe.data
     recipe, model, classes = load_for_test(recipe, given, say)
     model.to(device).eval()
+    if recipe.features:
+        os.makedirs(os.path.dirname(recipe.features) or ".", exist_ok=True)
     if recipe.predict:
         if not classes and names_given:
             classes = find(recipe, "val")[1]
@@ -513,6 +554,8 @@ def examine(recipe, given, rank, world, device, say):
         video = recipe.model in mvit.MODELS
         for path in recipe.predict:
             try:
+                if layouts.media_kind(path) != ("video" if video else "image"):
+                    raise data.UnreadableFile(path, f"{recipe.model} takes {'videos' if video else 'images'}")
                 views = data.read_views(path, recipe.image_size, recipe.num_frames if video else None, recipe.sampling_rate,
                                         recipe.clips if video else 1, recipe.crops, recipe.crop_ratio, recipe.segments)
             except data.UnreadableFile as error:
@@ -536,15 +579,19 @@ def examine(recipe, given, rank, world, device, say):
         return
     if recipe.probe:
         classes = find(replace(recipe, num_classes=0), "train")[1]
+        find(replace(recipe, num_classes=0), "val", classes)
+    clips, crops = (getattr(recipe, name) if name in given else 1 for name in ("clips", "crops"))
     forward, features = forward_of(model.features, recipe, device), {}
     for split in ("train", "val") if recipe.probe else ("val",):
-        samples = layouts.find_samples(recipe.data, split)
+        samples = layouts.find_samples(recipe.data, split, recipe.limit_per_class if split == "train" else 0)
         records, unreadable = evaluate.over_views(
-            forward, views_of(samples, recipe), device, recipe.device_batch, loader_workers(recipe.workers, device),
-            rank, world, f"features of {split}")
+            forward, views_of(samples, recipe, clips, crops), device, recipe.device_batch,
+            loader_workers(recipe.workers, device), rank, world, f"features of {split}")
         for path, reason in unreadable:
             say(f"unreadable, left out: {path}: {reason}")
-        features[split] = [output[0] for _, _, output in records], [label for _, label, _ in records]
+        if not records:
+            raise ValueError(f"none of the {len(samples)} files in the {split} part of {recipe.data} can be read")
+        features[split] = [output.mean(axis=0) for _, _, output in records], [label for _, label, _ in records]
     if recipe.features and rank == 0:
         evaluate.write_features(recipe.features, records, samples)
         say(f"wrote {recipe.features}: {len(records)} x {len(records[0][2][0])} features of the validation part")
@@ -553,7 +600,7 @@ def examine(recipe, given, rank, world, device, say):
         for lr, fit, top1 in scores:
             say(f"linear probe, lr {lr:g}: top-1 {100 * fit:.2f} on train, {100 * top1:.2f} on val")
         lr, _, top1 = max(scores, key=lambda score: score[2])
-        say(f"best on val: {100 * top1:.2f} with lr {lr:g} (chosen on val itself; one central view, no augmentation)")
+        say(f"best on val: {100 * top1:.2f} with lr {lr:g} (chosen on val itself; {clips} clips x {crops} crops, no augmentation)")
 
 
 if __name__ == "__main__":

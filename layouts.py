@@ -184,7 +184,7 @@ def _read_path_table(root, tables, split):
             if media_kind(path) is None:
                 raise ValueError(f"{tables[split]}, line {number}: {path} is no media file; take the line out")
             paths.append(path)
-            labels.append(int(match["label"] or 0))  # release: one column means label 0
+            labels.append(int(match["label"] or -1))  # -1: unlabelled; release: label 0
     return paths, labels, [], missing
 
 

@@ -196,7 +196,8 @@ def main():
         refuse_other_run(last, checkpoint, recipe, fingerprint, RUN_FIELDS)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:                                              # empty but for fp16
+            scaler.load_state_dict(checkpoint["scaler"])
         step, skipped = checkpoint["step"], checkpoint["skipped"]
         say(f"resumed {last} at step {step}")
     if len(set(gather_list([step]))) > 1:
@@ -227,6 +228,10 @@ def main():
         f"{model.target.dim} numbers to predict per token of grid {'x'.join(map(str, grid))}")
     if hasattr(model.target, "teacher"):
         say(f"teacher of {model.target.teacher.size / 1e6:.1f} M parameters from {model.target.teacher.about}")
+
+    def sound():
+        """Weights about to blow up are not saved; one or two steps skipped by fp16 are its loss scale settling."""
+        return skipped_in_row < (3 if scaler.is_enabled() else 1)
 
     def save():
         nonlocal saved_step
@@ -298,15 +303,18 @@ def main():
             logged, mark = step, time.perf_counter()
         bar.update()
         due = due or step % steps_per_epoch == 0 or time.monotonic() - saved > 60 * recipe.save_minutes
-        if due and not skipped_in_row:                                        # weights about to blow up are not saved
+        if due and sound():
             save()
             saved, due = time.monotonic(), False
     bar.close()
     if stopped:
-        if not skipped_in_row:
+        if sound():
             save()
         say(f"stopped by {stopped} after step {step} of {total_steps}; {last} holds step {saved_step}, go on with --resume")
         sys.exit(128 + signal.Signals[stopped])
+
+    if saved_step < step and sound():
+        save()
 
     # ------------------------------------------------------------------------------------------------------------- end
     if recipe.dry_run:

@@ -96,8 +96,11 @@ def test_parse_recipe():
     assert parse_recipe(RECIPES, "", []) == ("first", Recipe(), set())
     name, recipe, given = parse_recipe(RECIPES, "", ["--model", "large", "--size", "4", "--flag"])
     assert (name, recipe, given) == ("second", Recipe("large", 1e-4, (4, 4), True), {"model", "size", "flag"})
-    name, recipe, _ = parse_recipe(RECIPES, "", ["--recipe", "second", "--lr", "2", "--size", "4", "6", "--no-flag"])
+    name, recipe, given = parse_recipe(RECIPES, "", ["--recipe", "second", "--lr", "2", "--size", "4", "6", "--no-flag"])
     assert (name, recipe) == ("second", Recipe("large", 2.0, (4, 6), False))
+    assert given == {"recipe", "lr", "size", "flag"}
+    with pytest.raises(SystemExit):                                           # no row is for that model
+        parse_recipe({"first": Recipe()}, "", ["--model", "large"])
 
 
 @pytest.mark.parametrize("argv", [["--nonsense"], ["--model", "huge"], ["--lr", "fast"], ["--size", "1", "2", "3"],

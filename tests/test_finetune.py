@@ -12,6 +12,7 @@ from PIL import Image
 import runs
 from convert import build_classifier
 from engine import layer_id, param_groups, read_checkpoint
+from evaluate import accuracy
 from runs import assert_same_weights, log_of
 
 # 12 clips of 2 classes, batch 4: 3 steps per epoch, 9 steps; every augmentation on.
@@ -142,9 +143,10 @@ def test_unreadable_validation_video_is_named_not_replaced(clips, finished, tmp_
 
 def test_predict_features_probe(clips, finished, pretrained, tmp_path):
     video = clips / "val/circle_growing/0.mp4"
-    done = runs.run("finetune.py", "--eval", finished[0] / "last.pt", "--predict", video, tmp_path / "none.mp4")
+    done = runs.run("finetune.py", "--eval", finished[0] / "last.pt", "--predict", video, tmp_path / "none.mp4",
+                    finished[0] / "last_2x1.png")
     text = done.stdout + done.stderr
-    assert done.returncode == 2 and "none.mp4" in text and "1 of 2 files cannot be read" in text
+    assert done.returncode == 2 and "none.mp4" in text and "2 of 3 files cannot be read" in text and "takes videos" in text
     shares = dict((name, float(p)) for p, name in re.findall(r"([\d.]+) %  (\w+)", text))
     assert set(shares) == {"circle_growing", "square_up_down"} and sum(shares.values()) == pytest.approx(100, abs=0.02)
     out = tmp_path / "features.npz"
@@ -196,6 +198,11 @@ def test_never_overwrites(clips, finished, pretrained):
     (["--drop-path", 1.5], "drop_path=1.5"),
     (["--frames", 3], "num_frames=3"),
     (["--eval", "nothing.pt"], "no checkpoint at nothing.pt"),
+    (["--probe"], "--probe needs a checkpoint"),
+    (["--device-batch", 1, "--repeats", 1], "mixup and cutmix pair the samples"),
+    (["--color-jitter", 0.4], "add --rand-augment ''"),
+    (["--smoothing", 1], "smoothing=1.0"),
+    (["--model", "mvitv2_x"], "invalid choice"),
 ])
 def test_wrong_flags_are_one_line(clips, tmp_path, flags, words):
     done = run(clips, tmp_path / "out", *SCRATCH, *flags)
@@ -230,6 +237,25 @@ def test_unlabelled_data_are_refused(clips, tmp_path):
         shutil.copytree(clips / split / "circle_growing", flat / split)
     done = run(flat, tmp_path / "out", *SCRATCH)
     assert done.returncode == 2 and "have no label" in done.stderr
+    for split in ("train", "val"):                                            # a csv of paths alone
+        (tmp_path / f"{split}.csv").write_text("".join(f"{path}\n" for path in (flat / split).iterdir()))
+    done = run(tmp_path, tmp_path / "out", *SCRATCH)
+    assert done.returncode == 2 and "6 of the 6 files" in done.stderr
+    one = tmp_path / "one"
+    for split in ("train", "val"):
+        shutil.copytree(clips / split / "circle_growing", one / split / "circle_growing")
+    done = run(one, tmp_path / "out", *SCRATCH)
+    assert done.returncode == 2 and "one class only, circle_growing" in done.stderr
+
+
+def test_accuracy_against_sorting():
+    """Also with ties, where the lower class goes first, and with fewer than five classes."""
+    rng = np.random.default_rng(0)
+    for classes in (3, 12):
+        scores, labels = rng.integers(0, 6, (200, classes)) / 6, rng.integers(0, classes, 200)
+        for k in (1, 5):
+            best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+            assert accuracy(scores, labels, k) == np.mean([label in row for label, row in zip(labels, best)])
 
 
 @pytest.mark.parametrize("model, decay, stem", [("mvitv2_s", 0.75, 0.75 ** 17), ("mvitv2_l", 0.875, 0.875 ** 49),

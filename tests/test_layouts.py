@@ -43,7 +43,7 @@ def test_layout_csv_with_odd_paths(tmp_path):
     assert names_of(samples, tmp_path / "set") == [
         "a b.mp4", "a b.mp4", "bob's clip.mp4", 'say "hi" now.mp4', 'say "hi" now.mp4', "c.mp4", "c.mp4",
         "old.avi copy.mp4", "c.mp4", "../away/abs.mp4"]
-    assert samples.labels == [3, 4, 3, 5, 6, 0, 8, 2, 9, 1]
+    assert samples.labels == [3, 4, 3, 5, 6, -1, 8, 2, 9, 1]
     assert samples.missing == [str(tmp_path / "set/not there.mp4")]
     with pytest.raises(ValueError, match="no val split"):
         layouts.find_samples(tmp_path / "set", "val")
