@@ -75,8 +75,8 @@ def test_full_scale_commands_are_what_the_scripts_accept():
     for name, (kind, flags) in ablate.ROWS.items():
         *before, fine = ablate.full_scale(name)
         assert len(before) == (flags is not None)
-        _, recipe, _ = parse_recipe(finetune.RECIPES, "", options(fine))
-        finetune.check(recipe)
+        _, recipe, given = parse_recipe(finetune.RECIPES, "", options(fine))
+        finetune.check(recipe, given)
         assert recipe.model == ("vit_b" if kind == "image" else "mvitv2_s")
         assert bool(recipe.init) == bool(before)
         for command in before:
