@@ -124,7 +124,8 @@ IN1K = Recipe(                                       # release: in1k_VIT_B_MaskF
 SSV2 = replace(
     K400_L, num_classes=174, image_size=(312, 312), num_frames=40, sampling_rate=3, segments=True, flip=0.0, mixup=0.0,
     cutmix=0.0, crop_scale=(0.37, 0.58), rand_augment="rand-m7-n4-mstd0.5-inc1", optimizer="sgd", epochs=40,
-    batch_size=128, lr=1.25e-3, lr_batch=8, warmup_epochs=3, warmup_lr=1e-6, min_lr=1e-6, layer_decay=1.0, weight_decay=1e-4, clip_grad=2.0, drop_path=0.75,
+    batch_size=128, lr=1.25e-3, lr_batch=8, warmup_epochs=3, warmup_lr=1e-6, min_lr=1e-6, layer_decay=1.0,
+    weight_decay=1e-4, clip_grad=2.0, drop_path=0.75,
     dropout=0.5, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), clips=1, crops=3, checkpointing=True,
     device_batch=1)
 RECIPES = {
@@ -315,8 +316,8 @@ def train(name, recipe, given, rank, world, device, stop, say):
     recipe = replace(recipe, batch_size=size, num_classes=len(classes))
     device_batch = size // world // accumulate
     if device_batch == 1 and (recipe.mixup or recipe.cutmix):
-        raise ValueError(f"mixup and cutmix pair the samples of a forward pass, and a batch of {size} over {world} processes with "
-                         f"device_batch={recipe.device_batch}, repeats={recipe.repeats} leaves one in each: raise --device-batch "
+        raise ValueError(f"mixup and cutmix pair the samples of a forward pass, and a batch of {size} over {world} processes "
+                         f"with device_batch={recipe.device_batch}, repeats={recipe.repeats} leaves one in each: raise --device-batch "
                          "or --batch-size, or use --mixup 0 --cutmix 0")
     steps_per_epoch = len(samples) // size
     total_steps = recipe.epochs * steps_per_epoch
@@ -600,7 +601,8 @@ def examine(recipe, given, rank, world, device, say):
         for lr, fit, top1 in scores:
             say(f"linear probe, lr {lr:g}: top-1 {100 * fit:.2f} on train, {100 * top1:.2f} on val")
         lr, _, top1 = max(scores, key=lambda score: score[2])
-        say(f"best on val: {100 * top1:.2f} with lr {lr:g} (chosen on val itself; {clips} clips x {crops} crops, no augmentation)")
+        say(f"best on val: {100 * top1:.2f} with lr {lr:g} (chosen on val itself; {clips} clips x {crops} crops, "
+            "no augmentation)")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@
     torchrun --nproc_per_node=8 pretrain.py --data imagenet/ --model vit_b --target dino --teacher dino_vitb16.pth
     python pretrain.py --data k400/ --model mvitv2_s --target dvae --teacher encoder.pkl --dry-run   # what it costs
 
-Writes OUT/last.pt (weights, optimizer, step, recipe), OUT/log.jsonl, OUT/loss.png and OUT/prediction.png. Stopped or killed, it goes
-on from OUT/last.pt with --resume.
+Writes OUT/last.pt (weights, optimizer, step, recipe), OUT/log.jsonl, OUT/loss.png and OUT/prediction.png. Stopped or
+killed, it goes on from OUT/last.pt with --resume.
 """
 import dataclasses
 import os
