@@ -9,9 +9,10 @@ Shapes of `mvitv2_s` on 16x224x224 (class token not counted):
     block 0  8x56x56, 96 -> 192      blocks 3-13  8x14x14, 384
                                      blocks 14-15 8x14x14 (output_stride=16) or 8x7x7 (output_stride=32), 768
 
-Differences from the release, none of which changes a result: relative positions enter through wider queries and keys, so
-that no (queries x keys) tensor is built; heads are pooled side by side as channels, without transposition, and frame by
-frame. At the end stands MViT-B of the first version, which MaskFeat can take as a teacher.
+Differences from the release, none of which changes a result: relative positions enter through wider queries and keys,
+so that no (queries x keys) tensor is built; heads are pooled side by side as channels, without transposition, and frame
+by frame; what is quick to compute is computed again in the backward pass instead of kept. At the end stands MViT-B of
+the first version, which MaskFeat can take as a teacher.
 """
 from collections import OrderedDict
 
@@ -19,6 +20,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+
+def recomputed(function, *inputs):
+    """function(*inputs), of which only the inputs are kept; what lies in between is computed anew in the backward pass.
+
+    For what is quick to compute and large to keep. A product at the end is not done twice: recomputation stops once its
+    input is there. torch.compile chooses by itself what to recompute.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class DropPath(nn.Module):
@@ -41,8 +53,10 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim_out)
 
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x, norm=nn.Identity()):
+        """MLP of norm(x). For the backward pass it keeps x and the hidden layer before GELU."""
+        hidden = recomputed(lambda x: self.fc1(norm(x)), x)
+        return recomputed(lambda hidden: self.fc2(F.gelu(hidden)), hidden)
 
 
 def relative_table(table, queries, keys):
@@ -83,24 +97,34 @@ class MultiScaleAttention(nn.Module):
         The 3x3x3 kernel is three 3x3 ones over the frames before, at and after: two to three times as fast on a CPU,
         forwards and backwards together, as one depthwise conv3d.
         """
-        frames = x[:, 1:].reshape(-1, *thw[1:], x.shape[-1]).permute(0, 3, 1, 2)   # (B*t, heads*C, h, w), channels last
-        weight = conv.weight.repeat(self.num_heads, 1, 1, 1, 1)                    # (heads*C, 1, 3, 3, 3)
+        cls, x = x.split((1, x.shape[1] - 1), dim=1)
+        frames = x.reshape(-1, *thw[1:], x.shape[-1]).permute(0, 3, 1, 2)          # (B*t, heads*C, h, w), channels last
+        weights = conv.weight.movedim(2, 0).repeat(1, self.num_heads, 1, 1, 1)     # (3, heads*C, 1, 3, 3)
         before, at, after = (
-            F.conv2d(frames, weight[:, :, i], None, conv.stride[1:], 1, 1, x.shape[-1]).permute(0, 2, 3, 1)
-            .unflatten(0, (-1, thw[0])) for i in range(3))                         # (B, t, h', w', heads*C)
+            F.conv2d(frames, weight, None, conv.stride[1:], 1, 1, x.shape[-1]).permute(0, 2, 3, 1)
+            .unflatten(0, (-1, thw[0])) for weight in weights)                     # (B, t, h', w', heads*C)
         patches = at + F.pad(before[:, :-1], (0,) * 6 + (1, 0)) + F.pad(after[:, 1:], (0,) * 6 + (0, 1))
-        tokens = torch.cat([x[:, :1], patches.flatten(1, 3)], dim=1)
+        tokens = torch.cat([cls, patches.flatten(1, 3)], dim=1)
         return norm(tokens.unflatten(2, (self.num_heads, self.head_dim))), tuple(patches.shape[1:4])
 
-    def forward(self, x, thw):
-        """x: (B, 1 + t*h*w, dim). Returns (B, 1 + t'*h'*w', dim_out) and the pooled grid (t', h', w')."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+    def pooled_qkv(self, x, thw):
+        """(B, 1 + t*h*w, dim) -> queries, keys and values (B, 1 + N, heads, C) and the grids of the first two."""
+        # Three products, not one cut into three: each result lies in memory as the convolutions want it.
+        q, k, v = (F.linear(x, w, b) for w, b in zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)))
         q, q_thw = self.pool(q, self.pool_q, self.norm_q, thw)                 # (B, 1 + Nq, heads, C)
         k, k_thw = self.pool(k, self.pool_k, self.norm_k, thw)                 # (B, 1 + Nk, heads, C)
         v, _ = self.pool(v, self.pool_v, self.norm_v, thw)
+        return q, k, v, q_thw, k_thw
+
+    def forward(self, x, thw, norm=nn.Identity()):
+        """Attention over norm(x), (B, 1 + t*h*w, dim). Returns (B, 1 + t'*h'*w', dim_out) and the grid (t', h', w')."""
+        q, k, v, q_thw, k_thw = recomputed(lambda x: self.pooled_qkv(norm(x), thw), x)
         x = attention(q, k, v, q_thw, k_thw, self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
-        x = torch.cat([x[:, :1], x[:, 1:] + q[:, 1:]], dim=1)                  # residual pooling, not the class token
-        return self.proj(x.flatten(2)), q_thw
+
+        def project(x, q):
+            x = x + F.pad(q[:, 1:], (0, 0, 0, 0, 1, 0))                        # residual pooling, not the class token
+            return self.proj(x.flatten(2))
+        return recomputed(project, x, q), q_thw
 
 
 def attention(q, k, v, q_thw, k_thw, rel_pos_t, rel_pos_h, rel_pos_w):
@@ -114,20 +138,21 @@ def attention(q, k, v, q_thw, k_thw, rel_pos_t, rel_pos_h, rel_pos_w):
     and one fused attention call does the rest.
     """
     B, _, heads, C = q.shape
-    grid = q[:, 1:].unflatten(1, q_thw)                                                       # (B, t, h, w, heads, C)
-    rt, rh, rw = (relative_table(table, n, m).to(q.dtype)
-                  for table, n, m in zip((rel_pos_t, rel_pos_h, rel_pos_w), q_thw, k_thw))    # (n, m, C)
-    bias = torch.cat([torch.einsum("bthwnc,tkc->bthwnk", grid, rt),
-                      torch.einsum("bthwnc,hkc->bthwnk", grid, rh),
-                      torch.einsum("bthwnc,wkc->bthwnk", grid, rw)], dim=-1)                  # (B, t, h, w, heads, K)
+    K = sum(k_thw)
+    pad = -(C + K) % 8                                                        # fused kernels want a multiple of 8
+
+    def append_bias(q, *tables):
+        grid = q[:, 1:].unflatten(1, q_thw)                                                   # (B, t, h, w, heads, C)
+        rt, rh, rw = (relative_table(r, n, m).to(q.dtype) for r, n, m in zip(tables, q_thw, k_thw))       # (n, m, C)
+        bias = torch.cat([torch.einsum("bthwnc,tkc->bthwnk", grid, rt),
+                          torch.einsum("bthwnc,hkc->bthwnk", grid, rh),
+                          torch.einsum("bthwnc,wkc->bthwnk", grid, rw)], dim=-1)              # (B, t, h, w, heads, K)
+        return torch.cat([q * C ** -0.5, F.pad(bias.flatten(1, 3), (0, pad, 0, 0, 1, 0))], dim=-1)
+
     place = torch.cartesian_prod(*(torch.arange(n, device=q.device) for n in k_thw))          # (Nk, 3)
     codes = torch.cat([F.one_hot(place[:, i], n) for i, n in enumerate(k_thw)], dim=1).to(q.dtype)     # (Nk, K)
-
-    K = codes.shape[1]
-    pad = -(C + K) % 8                                                        # fused kernels want a multiple of 8
-    bias = F.pad(bias.flatten(1, 3), (0, pad, 0, 0, 1, 0))                    # (B, 1 + Nq, heads, K + pad)
     codes = F.pad(codes, (0, pad, 1, 0))[None, :, None].expand(B, -1, heads, -1)
-    q = torch.cat([q * C ** -0.5, bias], dim=-1).transpose(1, 2)              # (B, heads, 1 + Nq, C + K + pad)
+    q = recomputed(append_bias, q, rel_pos_t, rel_pos_h, rel_pos_w).transpose(1, 2)   # (B, heads, 1 + Nq, C + K + pad)
     k = torch.cat([k, codes], dim=-1).transpose(1, 2)
     v = F.pad(v, (0, K + pad)).transpose(1, 2)                                # ... and one width for q, k and v
     return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :C].transpose(1, 2)
@@ -159,15 +184,17 @@ class MultiScaleBlock(nn.Module):
 
     def forward(self, x, thw):
         """x: (B, 1 + t*h*w, dim). Returns (B, 1 + t'*h'*w', dim_out) and (t', h', w')."""
-        y = self.norm1(x)
-        if self.dim != self.dim_att:                                          # widening in attention
+        y, norm = x, self.norm1
+        if self.dim != self.dim_att:                                          # widening in attention: from norm1(x)
+            y, norm = norm(x), nn.Identity()
             x = self.proj(y)
-        y, pooled = self.attn(y, thw)
+        y, pooled = self.attn(y, thw, norm)
         x = self.pool_skip(x, thw) + self.drop_path(y)
-        y = self.norm2(x)
-        if self.dim_att != self.dim_out:                                      # widening in the MLP: from norm2(x), not x
+        y, norm = x, self.norm2
+        if self.dim_att != self.dim_out:                                      # widening in the MLP: from norm2(x)
+            y, norm = norm(x), nn.Identity()
             x = self.proj(y)
-        return x + self.drop_path(self.mlp(y)), pooled
+        return x + self.drop_path(self.mlp(y, norm)), pooled
 
 
 class PatchEmbed(nn.Module):
@@ -321,9 +348,9 @@ class PooledAttention(nn.Module):
             self.add_module(f"pool_{x}", getattr(v2, f"pool_{x}"))
             self.add_module(f"norm_{x}", getattr(v2, f"norm_{x}"))
 
-    def forward(self, x, thw):
-        """x: (B, 1 + t*h*w, dim). Returns (B, 1 + t'*h'*w', dim) and the grid of the queries (t', h', w')."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+    def forward(self, x, thw, norm=nn.Identity()):
+        """Attention over norm(x), (B, 1 + t*h*w, dim). Returns (B, 1 + t'*h'*w', dim) and the grid of the queries."""
+        q, k, v = self.qkv(norm(x)).chunk(3, dim=-1)
         k, _ = self.pool(k, self.pool_k, self.norm_k, thw)                    # (B, 1 + Nk, heads, C)
         v, _ = self.pool(v, self.pool_v, self.norm_v, thw)
         if hasattr(self, "pool_q"):

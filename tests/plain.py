@@ -34,6 +34,13 @@ def plain_pool(self, x, conv, norm, thw):
     return norm(torch.cat([x[:, :, :1], tokens], dim=2)).transpose(1, 2), tuple(patches.shape[2:])
 
 
+def plain_vit_attention(self, x):
+    """`vit.Attention.forward` with the (N x N) weights of every head materialised."""
+    q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)    # each (B, heads, N, C)
+    weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)     # (B, heads, N, N)
+    return self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+
 def plain_hog(images, bins=9, cell=8):
     """atan2, then every pixel's magnitude scattered into a row of bins of its own, then summed over cells."""
     B, C = images.shape[:2]
@@ -45,3 +52,21 @@ def plain_hog(images, bins=9, cell=8):
     votes.scatter_add_(1, bin[:, None], (gx.square() + gy.square()).sqrt()[:, None])
     histogram = votes.unfold(2, cell, cell).unfold(3, cell, cell).sum((-2, -1))
     return F.normalize(histogram, dim=1).unflatten(0, (B, C))
+
+
+def plain_clip(path, num_frames=16, sampling_rate=4, position=0.5, short_side=256):
+    """`data.read_clip` of a file whose frames all carry their times: decode every frame to RGB at full size, then pick."""
+    import av
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
+        spare = max(float(stream.duration * stream.time_base) - num_frames * sampling_rate / 30, 0)
+    picked = []
+    for j in range(num_frames):
+        moment = frames[0][0] + position * spare + j * sampling_rate / 30
+        shown = [picture for time, picture in frames if time <= moment + 6e-4]             # up to that moment
+        picked.append(torch.from_numpy(shown[-1]))
+    clip = torch.stack(picked).permute(0, 3, 1, 2).float()                    # (T, 3, height, width)
+    scale = short_side / min(clip.shape[2:])
+    clip = F.interpolate(clip, [round(side * scale) for side in clip.shape[2:]], mode="bilinear", antialias=True)
+    return clip.round().to(torch.uint8)

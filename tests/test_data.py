@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import layouts
 import synthetic
+from plain import plain_clip
 
 av = pytest.importorskip("av")
 
@@ -112,6 +113,39 @@ def test_read_clip_shows_the_frames_of_a_slow_reference(videos, name):
             clip = data.read_clip(videos[name], num_frames, rate, position, short_side=None)
             assert clip.shape == (num_frames, 3, 48, 64) and clip.dtype == torch.uint8
             assert read_numbers(clip) == expected_numbers(videos[name], num_frames, rate, position)
+
+
+@pytest.mark.parametrize("name", ["b_frames.mp4", "open_gop.mp4", "odd_rate.mp4", "late_start.mp4", "mpeg4.avi"])
+def test_read_clip_is_the_naive_form(videos, name):
+    for position in (0, 0.4, 1):
+        for side in (48, 24, 96):
+            fast = data.read_clip(videos[name], 8, 3, position, side)
+            naive = plain_clip(videos[name], 8, 3, position, side)
+            assert read_numbers(fast) == read_numbers(naive)
+            if side == 48:  # unscaled: the same pixels
+                assert torch.equal(fast, naive)
+            assert (fast.float() - naive.float()).abs().mean() < 2  # of 255, along the edges of the bars
+
+
+def test_frames_that_nobody_needs_are_not_decoded(videos, monkeypatch):
+    decoded, decode_needed = [], data._decode_needed
+
+    def spy(*arguments):
+        frames, wanted = decode_needed(*arguments)
+        return (decoded.append(frame) or frame for frame in frames), wanted
+    monkeypatch.setattr(data, "_decode_needed", spy)
+    clip = data.read_clip(videos["b_frames.mp4"], 4, 10, 0, None)
+    assert read_numbers(clip) == [0, 10, 20, 30] and 4 <= len(decoded) < 20  # of 31
+
+
+def test_a_frame_on_display_that_does_not_come_is_not_replaced(videos, monkeypatch):
+    def lossy(*arguments):
+        frames, wanted = decode_needed(*arguments)
+        return (frame for frame in frames if frame.pts != wanted[2]), wanted
+    decode_needed = data._decode_needed
+    monkeypatch.setattr(data, "_decode_needed", lossy)
+    assert read_numbers(data.read_clip(videos["b_frames.mp4"], 8, 3, 0.5, None)) == expected_numbers(
+        videos["b_frames.mp4"], 8, 3, 0.5)  # decoded from the beginning instead
 
 
 def test_read_clip_16x4_at_30_fps_steps_by_4(videos):

@@ -1,0 +1,103 @@
+"""The compiled steps of pretrain.py and finetune.py: one graph, no break in it, no recompilation after the first step.
+
+Backends "eager" and "aot_eager" (which traces the backward pass, too) guard and count as the default one does, and need
+no C++ compiler.
+"""
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from augment import soft_cross_entropy
+from convert import ENCODERS, build_maskfeat
+from engine import mixed_precision, param_groups
+
+SHAPES = {"mvit_tiny": ((3, 4, 32, 32), (2, 4, 4)), "vit_tiny": ((3, 32, 32), (4, 4))}     # input, grid of the mask
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    yield
+    torch._dynamo.reset()
+
+
+def maskfeat(name, drop_path=0.0, checkpointing=False):
+    return build_maskfeat(dict(
+        model=name, target="hog", image_size=(32, 32), num_frames=4, output_stride=8, patch_size=8, expand="mlp",
+        drop_path=drop_path, checkpointing=checkpointing, bins=9, cell=8, norm="l2", color="rgb", gradient="sobel"))
+
+
+def pretraining_loss(net, shapes, batch):
+    shape, grid = shapes
+    return net(torch.randn(batch, *shape), torch.rand(batch, *grid) < torch.rand(()))[0]   # any share of the mask
+
+
+def finetuning_loss(net, shapes, batch):
+    return soft_cross_entropy(net(torch.randn(batch, *shapes[0])), torch.rand(batch, 5).softmax(-1))
+
+
+def train(net, loss_of, name, amp="fp32", batches=(2, 2, 2, 2), backend="eager"):
+    """Steps as in the scripts, each with its own data and learning rate, from the same start for every backend.
+
+    Returns (losses, graph breaks, graphs of the first step, graphs compiled later)."""
+    torch._dynamo.reset()
+    counters.clear()
+    if backend:
+        net.compile(backend=backend)                                          # in place, as the scripts do
+    _, autocast, _ = mixed_precision(amp, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(param_groups(net, 0.05), lr=0.0)
+    net.train()
+    losses, graphs = [], []
+    for step, batch in enumerate(batches):
+        torch.manual_seed(step)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (step + 1)
+        with autocast():
+            loss = loss_of(net, SHAPES[name], batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 0.02)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        graphs.append(counters["stats"]["unique_graphs"])
+    return losses, sum(counters["graph_break"].values()), graphs[0], graphs[-1] - graphs[0]
+
+
+@pytest.mark.parametrize("name, options, amp", [
+    ("mvit_tiny", {}, "fp32"), ("mvit_tiny", {"drop_path": 0.3}, "bf16"),
+    ("mvit_tiny", {"checkpointing": True}, "fp32"), ("vit_tiny", {}, "fp32"), ("vit_tiny", {"drop_path": 0.3}, "bf16")])
+def test_pretraining_step_is_one_graph_compiled_once(name, options, amp):
+    _, *counts = train(maskfeat(name, **options), pretraining_loss, name, amp)
+    assert counts == [0, 1, 0]
+
+
+@pytest.mark.parametrize("name, size", [("mvit_tiny", {"num_frames": 4}), ("vit_tiny", {})])
+def test_finetuning_step_is_one_graph_compiled_once(name, size):
+    net = ENCODERS[name](num_classes=5, image_size=32, drop_path=0.2, dropout=0.5, **size)
+    _, *counts = train(net, finetuning_loss, name)
+    assert counts == [0, 1, 0]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_compiled_steps_do_the_same(name):
+    torch.manual_seed(0)
+    net = maskfeat(name)
+    start = {key: value.clone() for key, value in net.state_dict().items()}
+    plain, *counts = train(net, pretraining_loss, name, backend=None)
+    assert counts == [0, 0, 0] and len(set(plain)) == 4
+    net.load_state_dict(start)
+    compiled, *counts = train(net, pretraining_loss, name, backend="aot_eager")
+    assert counts == [0, 1, 0]
+    assert compiled == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("fault", [lambda x: print(end=""), lambda x: bool(x.sum().item())])
+def test_breaks_are_counted(fault):
+    net = maskfeat("vit_tiny")
+    net.encoder.blocks[3].register_forward_pre_hook(lambda module, args: fault(args[0]) and None)
+    _, breaks, first, _ = train(net, pretraining_loss, "vit_tiny")
+    assert breaks > 0 and first > 1
+
+
+def test_recompilations_are_counted():
+    *_, breaks, first, later = train(maskfeat("vit_tiny"), pretraining_loss, "vit_tiny", batches=(2, 2, 3, 3))
+    assert (breaks, first, later) == (0, 1, 1)                                # of another batch size
