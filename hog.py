@@ -4,9 +4,9 @@ A two-channel convolution gives the gradient of every pixel; pixels vote, by the
 orientations in the histogram of their 8x8 cell and colour; each histogram is brought to unit length.
 
 Paper: Sec. 2.2, ablated in Table 8. Release: the HOG operator of the SlowFast code, equalled to 1e-6.
-Differences: the release scatters every pixel into a row of bins of its own. Here the pixels of a cell are summed as a bag
-of votes: no per-pixel bins in memory, no atomics (repeatable on CUDA), seven times as fast on a CPU; float32 under any
-autocast. Gray, opponent, central, l1 and none are in the paper only.
+Differences: the release scatters every pixel into a row of bins of its own. Here the pixels of a cell are summed as a
+bag of votes: no per-pixel bins in memory, no atomics (repeatable on CUDA), seven times as fast on a CPU; float32 under
+any autocast. Gray, opponent, central, l1 and none are in the paper only.
 """
 import math
 
