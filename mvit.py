@@ -26,9 +26,9 @@ def recomputed(function, *inputs):
     """function(*inputs), of which only the inputs are kept; what lies in between is computed anew in the backward pass.
 
     For what is quick to compute and large to keep. A product at the end is not done twice: recomputation stops once its
-    input is there. torch.compile chooses by itself what to recompute.
+    input is there. Small tensors are not worth the bookkeeping; torch.compile chooses by itself.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if inputs[0].numel() < 600_000 or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
@@ -54,7 +54,10 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim_out)
 
     def forward(self, x, norm=nn.Identity()):
-        """MLP of norm(x). For the backward pass it keeps x and the hidden layer before GELU."""
+        """MLP of norm(x). For the backward pass it keeps x and the hidden layer before GELU; where the layers are narrow and
+        the tokens many, that is much memory for little computation, and it keeps x only."""
+        if x.shape[-1] < 256:
+            return recomputed(lambda x: self.fc2(F.gelu(self.fc1(norm(x)))), x)
         hidden = recomputed(lambda x: self.fc1(norm(x)), x)
         return recomputed(lambda hidden: self.fc2(F.gelu(hidden)), hidden)
 

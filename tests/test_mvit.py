@@ -214,3 +214,26 @@ def test_presets():
         for name, count in (("mvit_tiny", None), ("mvitv2_b", 53_130_640)):
             model = MODELS[name]()
             assert count is None or sum(p.numel() for p in model.parameters()) == count
+
+
+def test_recomputing_changes_nothing(monkeypatch):
+    """A block large enough to recompute gives the very gradients of one that keeps everything, and keeps half as much."""
+    def run():
+        torch.manual_seed(0)
+        blocks = mvit.mvitv2_s(num_classes=0, num_frames=4, image_size=64).blocks[:2]
+        x, thw, kept = torch.randn(3, 1 + 2 * 56 * 56, 96, requires_grad=True), (2, 56, 56), {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor                # held, so that no address is used twice
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = x
+            for block in blocks:
+                y, thw = block(y, thw)
+        y.square().mean().backward()
+        return [x.grad, *(p.grad for p in blocks.parameters())], sum(t.untyped_storage().nbytes() for t in kept.values())
+    gradients, kept = run()
+    monkeypatch.setattr(mvit, "recomputed", lambda function, *inputs: function(*inputs))
+    wanted, all_kept = run()
+    assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
+    assert kept < 0.5 * all_kept

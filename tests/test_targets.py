@@ -336,11 +336,11 @@ def test_pretraining(kind, target, teacher, flags, images, clips, made, script, 
         assert np.asarray(Image.open(path).convert("RGB")).std() > 10
 
 
-@pytest.mark.parametrize("target", ["dino", "label"])
+@pytest.mark.parametrize("target", ["pixel", "dvae", "dino", "mocov2", "label"])
 def test_stopped_and_resumed(target, images, made, script, tmp_path, monkeypatch):
     """Stopped after three of six steps and gone on with, a run ends in the bits of an undisturbed one."""
     flags = ["--data", images, "--target", target, *IMAGES, "--epochs", 3, "--drop-path", 0.2]
-    flags += ["--teacher", made("dino")] if target == "dino" else ["--label-classes", 5]
+    flags += ["--label-classes", 5] if target == "label" else ["--teacher", made(target)] if target != "pixel" else []
     script(pretrain, *flags, "--out", tmp_path / "whole")
     asked = iter(["", "", "", "SIGTERM"])
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
