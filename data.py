@@ -33,7 +33,8 @@ import layouts
 TARGET_FPS = 30      # release: sampling_rate counts frames of a 30 fps video
 CLOCK_SLACK = 6e-4   # s; Matroska rounds a frame's time to a millisecond, so it is up to half of one late
 MAY_LACK = 0.5       # s by which a video may end before its header says so and still count as whole
-LOOK_AHEAD = 60      # s a clip may last for its packets to be held in memory, to tell which frames to skip
+LOOK_AHEAD = 60      # s from keyframe to end of clip up to which packets are held in memory, to tell which frames to skip
+REORDERED = 1        # s by which a packet may come after one that is shown later
 ATTEMPTS = 10        # files tried for one sample before giving up
 
 
@@ -153,10 +154,10 @@ def _read_at(path, choose, cover):
     cover: (H, W), the frames are scaled so as to just cover it; an int, a square of that side; or None.
     """
     times = None
-    for way in ("seek", "start", "count"):  # the quick way first; most files never need another
+    for way in ("skip", "seek", "start", "count"):  # the quick way first; most files never need another
         try:
-            with _open_video(path, quick=way == "seek") as (container, stream):
-                if way == "seek":
+            with _open_video(path, quick=way == "skip") as (container, stream):
+                if way in ("skip", "seek"):
                     if callable(choose):
                         first, duration = _extent(container, stream)
                         times = choose(first, duration)
@@ -172,7 +173,7 @@ def _read_at(path, choose, cover):
                     container.seek(round(ascending[0] / stream.time_base), stream=stream)  # to a keyframe before
                 frames = _frames_at(path, container, stream, ascending, first, duration, cover, way)
         except UnreadableFile:
-            if way != "seek" or times is None:
+            if way not in ("skip", "seek") or times is None:
                 raise
             continue  # the seek itself may be at fault, so the verdict is left to the next way
         if frames is not None:
@@ -188,13 +189,13 @@ def _decode_needed(container, stream, times):
     With B-frames, takes two thirds to nine tenths of the time of decoding all.
     """
     unit, context, packets, ahead = float(stream.time_base), stream.codec_context, container.demux(stream), []
-    if times[-1] - times[0] > LOOK_AHEAD:
-        return None
     for packet in packets:
         ahead.append(packet)
         time = packet.pts if packet.dts is None else packet.dts
-        if time is None or time * unit > times[-1] + CLOCK_SLACK:  # what comes later is shown later
+        if time is None or time * unit > times[-1] + REORDERED:
             break
+        if time * unit < times[-1] - LOOK_AHEAD:
+            return None
     pts = [packet.pts for packet in ahead if packet.size and not packet.is_discard]
     if not pts or None in pts:
         return None
@@ -212,7 +213,8 @@ def _decode_needed(container, stream, times):
 def _frames_at(path, container, stream, times, first, duration, cover, way):
     """Decodes onwards, converting only the frames on display at `times` (ascending, s); one array for each time.
 
-    way: "seek" starts at a keyframe, "start" at the beginning, "count" there too, and makes up times from the rate.
+    way: "skip" and "seek" start at a keyframe, the first decodes no more than it must; "start" begins at the beginning,
+    "count" there too, and makes up times from the rate.
     Returns None if the way turns out wrong: it began too late, a frame on display did not come, or the frames' times
     are missing or go backwards (H.264 in AVI). Raises UnreadableFile if the video ends before `first + duration` and
     before the clip.
@@ -220,7 +222,7 @@ def _frames_at(path, container, stream, times, first, duration, cover, way):
     unit, kept, count = float(stream.time_base), [], 0
     shown, shown_time, picture = None, -math.inf, None
     frames, wanted = container.decode(stream), None
-    if way == "seek" and stream.codec_context.name == "h264":  # in others "no reference" may mean less, or cost nothing
+    if way == "skip" and stream.codec_context.name == "h264":  # in others "no reference" may mean less, or cost nothing
         needed = _decode_needed(container, stream, times)
         if needed is None:
             return None
@@ -239,14 +241,14 @@ def _frames_at(path, container, stream, times, first, duration, cover, way):
             time = first + count / _rate(stream)
         elif frame.pts is None or frame.pts * unit < shown_time:
             return None
-        elif way == "seek" and "444" in frame.format.name:  # old x264 announces a fault of this in the first frame only
+        elif way in ("skip", "seek") and "444" in frame.format.name:  # old x264 tells of a fault in the first frame only
             return None
         else:
             time = frame.pts * unit
         count += 1
         while time > times[len(kept)] + CLOCK_SLACK:  # the frame before was on display
             if shown is None:
-                if way == "seek":
+                if way in ("skip", "seek"):
                     return None
                 shown = frame  # nothing comes earlier
             if wanted and shown.pts != wanted[len(kept)]:

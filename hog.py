@@ -77,7 +77,8 @@ class HOG(nn.Module):
         del gradient, cells                                             # keeps the peak low
         size = gx.square().addcmul_(gy, gy).sqrt_()
         # The angle from the vertical, from -pi to pi, counted in bins: from 0 to twice the bins, as opposite gradients
-        # vote alike. A border belongs to the bin after it: adding makes up for atan2's last digit. (NaN is no index.)
+        # vote alike. A border belongs to the bin after it: adding makes up for atan2's last digit (at 45 degrees, a
+        # border if bins is a multiple of 4, the release's floor alone may go either way). NaN is no index.
         vote = torch.atan2(gx, gy).mul_(self.bins / math.pi).add_(self.bins).int().clamp_(0, 2 * self.bins)
         # Each cell is a bag of votes; a vote's row is its bin one-hot, times the pixel's size.
         histogram = F.embedding_bag(vote.flatten(0, 3), self.one_hot.float(), per_sample_weights=size.flatten(0, 3),

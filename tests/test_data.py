@@ -138,6 +138,18 @@ def test_frames_that_nobody_needs_are_not_decoded(videos, monkeypatch):
     assert read_numbers(clip) == [0, 10, 20, 30] and 4 <= len(decoded) < 20  # of 31
 
 
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+def test_one_reading_is_enough(container, tmp_path, monkeypatch):
+    """Matroska's packets carry no decoding times, and libav makes up some that go back and forth."""
+    path = write_video(tmp_path / f"v.{container}", range(240), options={"g": "48", "bf": "8", "b-pyramid": "normal"})
+    ways, frames_at = [], data._frames_at
+    monkeypatch.setattr(data, "_frames_at", lambda *arguments: ways.append(arguments[-1]) or frames_at(*arguments))
+    for k in range(25):
+        clip = data.read_clip(path, 8, 3, k / 24, None)
+        assert read_numbers(clip) == expected_numbers(path, 8, 3, k / 24)
+    assert ways == ["skip"] * 25
+
+
 def test_a_frame_on_display_that_does_not_come_is_not_replaced(videos, monkeypatch):
     def lossy(*arguments):
         frames, wanted = decode_needed(*arguments)
