@@ -347,6 +347,14 @@ def bench_loader(folder, files, rounds, add):
     add("JPEG of 500x375, sample on one core", "ms", take_turns({"": lambda: dataset[0, 0]}, rounds, CPU)[""], items=1)
 
 
+def loader_lines(*arguments):
+    """What bench_loader would add, for a process of its own: a worker is one, with one thread and a heap of its own."""
+    torch.set_num_threads(1)
+    lines = []
+    bench_loader(*arguments, lambda *values, **more: lines.append((values, more)))
+    return lines
+
+
 def bench_loop(folder, file, workers, device, add):
     """pretrain.py on copies of one clip: how long the device waits for data, by its own log."""
     recipe, batch, steps = *(("k400_mvitv2_s", 8) if device.type == "cuda" else ("default", 4)), 40
@@ -428,9 +436,8 @@ def main():
             files = {"340x256": folder / "small.mp4", "1280x720": folder / "large.mp4"}
             write_clip(files["340x256"], 340, 256, 500_000)
             write_clip(files["1280x720"], 1280, 720, 2_500_000)
-            torch.set_num_threads(1)                                          # as in a worker
-            bench_loader(folder, files, rounds, add)
-            torch.set_num_threads(threads)
+            for values, more in in_own_process(loader_lines, folder, files, rounds):
+                add(*values, **more)
             for workers in args.workers:
                 bench_loop(folder, files["340x256"], loader_workers(workers, device), device, add)
     else:
