@@ -351,9 +351,9 @@ def main():
         raise ValueError(f"--labels {min(args.labels)} is negative: files a class, or 0 for all")
     done, stop, ran = {key(line) for line in read_lines(args.results)}, StopSignal(), set()
     for name in dict.fromkeys(args.rows):
-        todo = steps(name, dict.fromkeys(args.labels), dict.fromkeys(args.seeds), plan, done)
-        print(f"{name}: {sum(line is not None for _, _, line in todo)} fine-tunings to run", flush=True)
-        for out, command, line in todo:
+        planned = steps(name, dict.fromkeys(args.labels), dict.fromkeys(args.seeds), plan, done)
+        print(f"{name}: {sum(line is not None for _, _, line in planned)} fine-tunings to run", flush=True)
+        for out, command, line in planned:
             if out in ran:                                                    # a stand-in that was a row as well
                 continue
             print(shlex.join(command), flush=True)

@@ -33,7 +33,7 @@ import layouts
 TARGET_FPS = 30      # release: sampling_rate counts frames of a 30 fps video
 CLOCK_SLACK = 6e-4   # s; Matroska rounds a frame's time to a millisecond, so it is up to half of one late
 MAY_LACK = 0.5       # s by which a video may end before its header says so and still count as whole
-LOOK_AHEAD = 60      # s from keyframe to end of clip up to which packets are held in memory, to tell which frames to skip
+LOOK_AHEAD = 60      # s from keyframe to end of clip, up to which packets are held to tell which frames to skip
 REORDERED = 1        # s by which a packet may come after one that is shown later
 ATTEMPTS = 10        # files tried for one sample before giving up
 
@@ -54,7 +54,7 @@ def _open_video(path, quick=False):
     """(container, best video stream), decoded by one thread: parallelism is over workers. Raises UnreadableFile.
 
     quick: decode nothing to learn more than the header says, but look at one second's packets (0.4 ms, not 12, at
-    1280x720). H.264 then has no pix_fmt, and a frame may come out too soon.
+    1280x720). H.264 then has no pix_fmt, and a frame may come out too soon, which `_frames_at` notices.
     """
     import av
     try:

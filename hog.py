@@ -93,7 +93,8 @@ class HOG(nn.Module):
         C, x = 3, F.pad(images, (1, 1, 1, 1), mode="reflect")
         if not x.is_cuda:  # three times as fast on a CPU; on CUDA it would bring in cuDNN and so TF32
             x = x.contiguous(memory_format=torch.channels_last)
-        # two channels a colour: (B, C * 2, H, W), with a margin of 1 if smoothing follows
+        # Two channels a colour: (B, C * 2, H, W), with a margin of 1 if smoothing follows. Of the margin, smoothing across
+        # takes only what comes from the reflected border, not from the zeros beyond it.
         smooth = self.gradient == "sobel"
         g = F.conv2d(x, self.difference.float().repeat(C, 1, 1, 1), padding=int(smooth), groups=C)
         if smooth:

@@ -11,7 +11,7 @@ Shapes of `mvitv2_s` on 16x224x224 (class token not counted):
 
 Differences from the release, none of which changes a result: relative positions enter through wider queries and keys,
 so that no (queries x keys) tensor is built; heads are pooled side by side as channels, without transposition, and frame
-by frame; what is quick to compute is computed again in the backward pass instead of kept. At the end stands MViT-B of
+by frame; of large tensors, some are computed again in the backward pass instead of kept. At the end stands MViT-B of
 the first version, which MaskFeat can take as a teacher.
 """
 from collections import OrderedDict
@@ -56,8 +56,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim_out)
 
     def forward(self, x, norm=nn.Identity()):
-        """MLP of norm(x). For the backward pass it keeps x and the hidden layer before GELU; where the layers are narrow and
-        the tokens many, that is much memory for little computation, and it keeps x only."""
+        """MLP of norm(x), (B, N, dim) -> (B, N, dim_out). For the backward pass it keeps x and the hidden layer before
+        GELU; where the layers are narrow and the tokens many, that is much memory for little computation: then only x."""
         if x.shape[-1] < 256:
             return recomputed(lambda x: self.fc2(F.gelu(self.fc1(norm(x)))), x)
         hidden = recomputed(lambda x: self.fc1(norm(x)), x)
