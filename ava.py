@@ -428,7 +428,8 @@ def roi_align(features, rois, scale, bins=7, ratio=0):
     rows = roi_weights(y1, y2 - y1, features.shape[2], bins, ratio)            # (n, bins, H)
     columns = roi_weights(x1, x2 - x1, features.shape[3], bins, ratio)         # (n, bins, W)
     weights = torch.einsum("nph,nqw->npqhw", rows, columns).flatten(3).flatten(1, 2)   # (n, bins * bins, H * W)
-    cells = features.flatten(2).transpose(1, 2)[rois[:, 0].long()]             # (n, H * W, C)
+    # features[place in the batch], with a gradient summed in a fixed order: runs repeat to the bit.
+    cells = F.embedding(rois[:, 0].long(), features.permute(0, 2, 3, 1).flatten(1)).unflatten(1, (-1, features.shape[1]))
     return (weights.to(cells.dtype) @ cells).transpose(1, 2).unflatten(2, (bins, bins))
 
 

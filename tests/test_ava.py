@@ -52,6 +52,15 @@ def test_roi_align_gradient():
     assert ava.roi_align(features, rois[:0], 1 / 32).shape == (0, 2, 7, 7)
 
 
+def test_roi_align_gradient_repeats():
+    """Boxes of one clip share its cells: their gradients are summed in one order, however many threads there are."""
+    torch.manual_seed(0)
+    features = torch.randn(4, 14, 14, 768).permute(0, 3, 1, 2).requires_grad_()
+    rois = torch.cat([torch.arange(40)[:, None] % 4, torch.rand(40, 2) * 100, 100 + torch.rand(40, 2) * 100], dim=1)
+    gradients = [torch.autograd.grad(ava.roi_align(features, rois, 1 / 16).square().sum(), features)[0] for _ in range(20)]
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
 # ---------------------------------------------------------------------------------------------------- golden: boxes
 
 def test_transform_boxes_golden():

@@ -216,6 +216,14 @@ def test_presets():
             assert count is None or sum(p.numel() for p in model.parameters()) == count
 
 
+def test_position_gradients_repeat():
+    """Many pairs share a distance, and so a row of the table: its gradient is summed in one order, run after run."""
+    torch.manual_seed(0)
+    table, wanted = torch.randn(111, 96, requires_grad=True), torch.randn(56, 28, 96)
+    gradients = [torch.autograd.grad((mvit.relative_table(table, 56, 28) * wanted).sum(), table)[0] for _ in range(50)]
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
 def test_recomputing_changes_nothing(monkeypatch):
     """A block large enough to recompute gives the very gradients of one that keeps everything, and keeps half as much."""
     def run():
