@@ -14,6 +14,7 @@ and input: of a process of its own (CPU, eager only), or of the allocator. Model
 flops.py, two per multiply-add. A sample is read, cropped and masked on one core, as a loader's worker does it.
 """
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -42,6 +43,7 @@ from convert import build_maskfeat
 from engine import loader_workers, param_groups, peak_memory, run_main
 from flops import count_flops
 from hog import HOG
+from maskfeat import MaskFeat
 
 ROOT, CPU = Path(__file__).resolve().parent, torch.device("cpu")
 sys.path.append(str(ROOT / "tests"))
@@ -58,22 +60,22 @@ def plain_hog_forward(self, images):
         return plain_hog(images.float())
 
 
-OURS = mvit.attention, mvit.MultiScaleAttention.pool, mvit.recomputed, vit.Attention.forward, HOG.forward
-PLAIN = plain_attention, plain_pool, lambda function, *inputs: function(*inputs), plain_vit_attention, plain_hog_forward
-
-
-def use(forms):
-    mvit.attention, mvit.MultiScaleAttention.pool, mvit.recomputed, vit.Attention.forward, HOG.forward = forms
+FORMS = {                                                                     # where: what -> its plain form
+    (mvit, "attention"): plain_attention, (mvit.MultiScaleAttention, "pool"): plain_pool,
+    (mvit, "seen_by_windows"): lambda x, thw, stride: (x, thw, None),         # every key and value
+    (mvit, "recomputed"): lambda function, *inputs: function(*inputs),        # everything kept
+    (mvit, "PIECE"): math.inf,                                                # a batch at once
+    (vit.Attention, "forward"): plain_vit_attention, (HOG, "forward"): plain_hog_forward,
+    (MaskFeat, "wanted"): lambda self, masked: None}                          # every token to the end
 
 
 def plainly(function):
     """The same function, run with the plain forms."""
     def run():
-        use(PLAIN)
-        try:
+        with contextlib.ExitStack() as stack:
+            for (owner, name), plain in FORMS.items():
+                stack.enter_context(mock.patch.object(owner, name, plain))
             return function()
-        finally:
-            use(OURS)
     return run
 
 
@@ -167,7 +169,8 @@ def make_step(model, batch, amp, device, size=224, frames=16):
         gradient="sobel")).to(device)
     x = torch.randn(batch, 3, *([frames] if video else []), size, size, device=device)
     mask = draw_masks(net, x).to(device)
-    optimizer = torch.optim.AdamW(param_groups(net, 0.05), lr=1e-5, fused=device.type == "cuda")
+    net.most_masked = masking.most_masked(*masks_of(net, x))
+    optimizer = torch.optim.AdamW(param_groups(net, 0.05), lr=1e-5, fused=True)
     for p in net.parameters():                                                # a step, so that AdamW has its memory
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -184,11 +187,14 @@ def make_step(model, batch, amp, device, size=224, frames=16):
     return net, x, step
 
 
+def masks_of(net, x):
+    """Kind, grid and ratio of the masks for x."""
+    return "cube" if x.ndim == 5 else "block", [n // s for n, s in zip(x.shape[2:], net.encoder.patch_stride)], 0.4
+
+
 def draw_masks(net, x):
     """Masks for the batch x as the loader draws them, bool (B, *grid)."""
-    grid = tuple(n // s for n, s in zip(x.shape[2:], net.encoder.patch_stride))
-    kind = "cube" if len(grid) == 3 else "block"
-    return torch.stack([torch.from_numpy(masking.draw_mask(kind, grid, 0.4, random.Random(i))) for i in range(len(x))])
+    return torch.stack([torch.from_numpy(masking.draw_mask(*masks_of(net, x), random.Random(i))) for i in range(len(x))])
 
 
 def peak_of_step(kind, *how):

@@ -346,7 +346,7 @@ def train(name, recipe, given, rank, world, device, stop, say):
     if recipe.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
     else:
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, recipe.beta2), fused=device.type == "cuda")
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, recipe.beta2), fused=True)
     fingerprint, step, skipped = layouts.fingerprint(samples), 0, 0
     if resumed:
         checkpoint = read_checkpoint(last)

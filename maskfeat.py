@@ -4,8 +4,10 @@
       --LayerNorm, Linear--> prediction (B, 1568, 108) --l2 on the masked tokens-- goal (B, 1568, 108) <--HOG-- x
 
 The wrapper composes: any encoder with `embed`, `encode`, `stem_dim`, `embed_dim`, `patch_stride` (mvit.py, vit.py), any
-target with `needs`, `dim`, `forward`, `loss` (targets.py). No decoder, no tokens dropped from the encoder.
+target with `needs`, `dim`, `forward`, `loss` (targets.py). No decoder, no tokens dropped before the last attention.
 """
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -22,12 +24,16 @@ class MaskFeat(nn.Module):
     """Masked feature prediction.
 
     encoder: trunk without head (num_classes=0). target: what to predict; `target.dim` numbers per output token.
+    most_masked: no sample has more masked tokens (masking.py: `most_masked`). If given, as many tokens of each, the
+        masked ones among them, are computed to the end in training, the others up to the last attention: the loss is
+        the same.
     """
 
-    def __init__(self, encoder, target):
+    def __init__(self, encoder, target, most_masked=None):
         super().__init__()
         self.encoder = encoder
         self.target = target
+        self.most_masked = most_masked
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.stem_dim))
         # The paper has a linear layer; the release puts a LayerNorm, the trunk's missing final one, before it.
         self.norm = nn.LayerNorm(encoder.embed_dim, eps=1e-6)
@@ -49,19 +55,33 @@ class MaskFeat(nn.Module):
             x = extra
         return self.target(x)                                                 # frames: (B, t, 3, H, W)
 
+    def wanted(self, masked):
+        """Numbers (B, most_masked) of the masked tokens and, where they are fewer, of others; None: all are wanted.
+        Always as many, whatever the mask: static shapes, hence one compiled graph."""
+        if not self.training or self.most_masked is None:
+            return None
+        if masked.device.type == "cpu" and not torch.compiler.is_compiling() and masked.sum(1).max() > self.most_masked:
+            raise ValueError(f"{masked.sum(1).max()} tokens of a sample are masked, and most_masked={self.most_masked}")
+        return masked.int().argsort(dim=1, descending=True, stable=True)[:, :self.most_masked]
+
     def forward(self, x, mask, extra=None):
         """x: (B, 3, T, H, W) or (B, 3, H, W), normalised. mask: bool (B, *grid), True = masked, at the output grid or
         coarser. extra: see `goal`.
-        Returns the loss over masked tokens (scalar) and the prediction for all tokens (B, N, target.dim)."""
+        Returns the loss over masked tokens (scalar) and the prediction for all tokens (B, N, target.dim), or for
+        most_masked tokens, the masked ones first, in training."""
         tokens, grid = self.encoder.embed(x)                                  # (B, N_stem, D)
         hidden = resize_mask(mask, grid)                                      # (B, N_stem)
         tokens = torch.where(hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
-        tokens, grid = self.encoder.encode(tokens, grid)                      # (B, 1 + N, D')
-        # All tokens are projected, though only masked ones count: static shapes, hence one compiled graph.
-        prediction = self.head(self.norm(tokens[:, 1:])).float()              # (B, N, target.dim)
+        masked = resize_mask(mask, [n // s for n, s in zip(x.shape[2:], self.encoder.patch_stride)])       # (B, N)
+        kept = self.wanted(masked)                                            # (B, K), or None for all
+        tokens, grid = self.encoder.encode(tokens, grid, kept)                # (B, 1 + N, D') or (B, 1 + K, D')
+        prediction = self.head(self.norm(tokens[:, 1:])).float()              # (B, N or K, target.dim)
         with torch.no_grad():
             goal = self.goal(x, extra)                                        # (B, N, target.dim), or (B, N) classes
-        if goal.shape[:2] != prediction.shape[:2]:
-            raise ValueError(f"target of shape {tuple(goal.shape)} for a prediction of {tuple(prediction.shape)}: input "
+        if goal.shape[1] != math.prod(grid):
+            raise ValueError(f"target of shape {tuple(goal.shape)} for predictions on grid {tuple(grid)}: input "
                              f"{tuple(x.shape[2:])} must be a multiple of {self.encoder.patch_stride}")
-        return self.target.loss(prediction, goal, resize_mask(mask, grid)), prediction
+        if kept is not None:
+            samples = torch.arange(len(x), device=x.device)[:, None]
+            goal, masked = goal[samples, kept], masked[samples, kept]
+        return self.target.loss(prediction, goal, masked), prediction

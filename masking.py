@@ -76,6 +76,24 @@ def frame_mask(grid, ratio, rng, consecutive=True):
     return np.repeat(steps, h * w).reshape(t, h, w)
 
 
+def most_masked(kind, grid, ratio):
+    """The largest number of tokens that draw_mask can hide: MaskFeat's `most_masked`. Arguments and errors as there.
+
+    Cells of a coarser window have about the same size: a mask hides the most if it takes the largest.
+    """
+    if kind == "block":
+        return _target(grid, ratio, 2)
+    _target(grid, ratio, 3)
+    t, h, w = grid
+    if kind == "frame":
+        return _target((t, 1), ratio, 2) * h * w
+    t, y, x = _window(grid, 2)
+    cells = np.outer(np.bincount(np.arange(h) * y // h), np.bincount(np.arange(w) * x // w))   # (y, x): tokens of each
+    if kind == "tube":
+        return t * int(np.sort(cells, axis=None)[-_target((y, x), ratio, 2):].sum())
+    return int(np.sort(np.tile(cells, t), axis=None)[-_target((t, y, x), ratio, 3):].sum())
+
+
 def _target(grid, ratio, axes):
     """Number of tokens to mask, round(ratio * tokens), but at least one and not all. Checks grid and ratio."""
     if len(grid) != axes or min(grid) < 1 or math.prod(grid) < 2:

@@ -11,9 +11,11 @@ Shapes of `mvitv2_s` on 16x224x224 (class token not counted):
 
 Differences from the release, none of which changes a result: relative positions enter through wider queries and keys,
 so that no (queries x keys) tensor is built; heads are pooled side by side as channels, without transposition, and frame
-by frame; of large tensors, some are computed again in the backward pass instead of kept. At the end stands MViT-B of
-the first version, which MaskFeat can take as a teacher.
+by frame; of large tensors, some are computed again in the backward pass instead of kept; a CPU projects only the keys
+and values that pooling sees, and takes few clips at a time. At the end stands MViT-B of the first version, which
+MaskFeat can take as a teacher.
 """
+import itertools
 from collections import OrderedDict
 
 import torch
@@ -22,6 +24,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 SMALL = 600_000  # numbers in a tensor; with fewer, the bookkeeping takes longer than it is worth (measured on a CPU)
+PIECE = 2_400_000  # numbers that a block takes in at a time on a CPU, a clip of mvitv2_s: larger tensors fall out of its
+# caches, and the C library maps memory anew for each of them (8 clips at once took 15 % longer)
 
 
 def recomputed(function, *inputs):
@@ -33,6 +37,11 @@ def recomputed(function, *inputs):
     if inputs[0].numel() < SMALL or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def take(x, kept):
+    """Of each sample of x (B, N, D), the tokens numbered in kept (B, K); all if None."""
+    return x if kept is None else x.take_along_dim(kept[..., None], dim=1)
 
 
 class DropPath(nn.Module):
@@ -80,6 +89,19 @@ def relative_table(table, queries, keys):
     return F.embedding(distance.long(), table)                # table[distance], with a gradient summed in a fixed order
 
 
+def seen_by_windows(x, thw, stride):
+    """Of tokens x (B, 1 + t*h*w, D), those that 3x3 windows see that lie `stride` apart; the others need no projection.
+
+    Returns these tokens, the class token first, their grid and the stride on it. With stride 8 the windows see rows
+    (and columns) 0-1, 7-9, 15-17, ...: put side by side, they are seen by windows of stride 3, padded alike.
+    """
+    if stride <= 3 or x.device.type != "cpu":                                 # elsewhere not measured
+        return x, thw, stride
+    rows, columns = (torch.tensor([i for i in range(n) if (i + 1) % stride < 3]) for n in thw[1:])
+    patches = x[:, 1:].unflatten(1, thw).index_select(2, rows).index_select(3, columns)
+    return torch.cat([x[:, :1], patches.flatten(1, 3)], dim=1), tuple(patches.shape[1:4]), 3
+
+
 class MultiScaleAttention(nn.Module):
     """Pooled self-attention with decomposed relative positions and residual pooling (MViTv2, Sec. 4.1)."""
 
@@ -96,8 +118,9 @@ class MultiScaleAttention(nn.Module):
         self.rel_pos_t, self.rel_pos_h, self.rel_pos_w = (
             nn.Parameter(torch.zeros(length, self.head_dim)) for length in table_sizes)
 
-    def pool(self, x, conv, norm, thw):
+    def pool(self, x, conv, norm, thw, stride=None):
         """(B, 1 + t*h*w, heads*C) -> (B, 1 + t'*h'*w', heads, C) and (t', h', w'). The class token is only normed.
+        stride: along height and width, the convolution's own if None.
 
         The 3x3x3 kernel is three 3x3 ones over the frames before, at and after: two to three times as fast on a CPU,
         forwards and backwards together, as one depthwise conv3d.
@@ -106,29 +129,33 @@ class MultiScaleAttention(nn.Module):
         frames = x.reshape(-1, *thw[1:], x.shape[-1]).permute(0, 3, 1, 2)          # (B*t, heads*C, h, w), channels last
         weights = conv.weight.movedim(2, 0).repeat(1, self.num_heads, 1, 1, 1)     # (3, heads*C, 1, 3, 3)
         before, at, after = (
-            F.conv2d(frames, weight, None, conv.stride[1:], 1, 1, x.shape[-1]).permute(0, 2, 3, 1)
+            F.conv2d(frames, weight, None, stride or conv.stride[1:], 1, 1, x.shape[-1]).permute(0, 2, 3, 1)
             .unflatten(0, (-1, thw[0])) for weight in weights)                     # (B, t, h', w', heads*C)
-        patches = at + F.pad(before[:, :-1], (0,) * 6 + (1, 0)) + F.pad(after[:, 1:], (0,) * 6 + (0, 1))
+        nothing = torch.zeros_like(at[:, :1])                                      # padding along time
+        patches = at + torch.cat([nothing, before[:, :-1]], dim=1)
+        patches += torch.cat([after[:, 1:], nothing], dim=1)
         tokens = torch.cat([cls, patches.flatten(1, 3)], dim=1)
         return norm(tokens.unflatten(2, (self.num_heads, self.head_dim))), tuple(patches.shape[1:4])
 
     def pooled_qkv(self, x, thw):
         """(B, 1 + t*h*w, dim) -> queries, keys and values (B, 1 + N, heads, C) and the grids of the first two."""
         # Three products, not one cut into three: each result lies in memory as the convolutions want it.
-        q, k, v = (F.linear(x, w, b) for w, b in zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)))
-        q, q_thw = self.pool(q, self.pool_q, self.norm_q, thw)                 # (B, 1 + Nq, heads, C)
-        k, k_thw = self.pool(k, self.pool_k, self.norm_k, thw)                 # (B, 1 + Nk, heads, C)
-        v, _ = self.pool(v, self.pool_v, self.norm_v, thw)
+        (Wq, Wk, Wv), (bq, bk, bv) = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
+        q, q_thw = self.pool(F.linear(x, Wq, bq), self.pool_q, self.norm_q, thw)              # (B, 1 + Nq, heads, C)
+        x, thw, stride = seen_by_windows(x, thw, self.pool_k.stride[1])
+        k, k_thw = self.pool(F.linear(x, Wk, bk), self.pool_k, self.norm_k, thw, stride)      # (B, 1 + Nk, heads, C)
+        v, _ = self.pool(F.linear(x, Wv, bv), self.pool_v, self.norm_v, thw, stride)
         return q, k, v, q_thw, k_thw
 
-    def forward(self, x, thw, norm=nn.Identity()):
-        """Attention over norm(x), (B, 1 + t*h*w, dim). Returns (B, 1 + t'*h'*w', dim_out) and the grid (t', h', w')."""
+    def forward(self, x, thw, norm=nn.Identity(), kept=None):
+        """Attention over norm(x), (B, 1 + t*h*w, dim). Returns (B, 1 + t'*h'*w', dim_out), of which only the tokens
+        `kept` if given, and the grid (t', h', w')."""
         q, k, v, q_thw, k_thw = recomputed(lambda x: self.pooled_qkv(norm(x), thw), x)
         x = attention(q, k, v, q_thw, k_thw, self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
 
         def project(x, q):
-            x = x + F.pad(q[:, 1:], (0, 0, 0, 0, 1, 0))                        # residual pooling, not the class token
-            return self.proj(x.flatten(2))
+            x = torch.cat([x[:, :1], x[:, 1:] + q[:, 1:]], dim=1)              # residual pooling, not the class token
+            return self.proj(take(x.flatten(2), kept))
         return recomputed(project, x, q), q_thw
 
 
@@ -187,14 +214,19 @@ class MultiScaleBlock(nn.Module):
         patches = F.max_pool2d(patches, s + 1, s, s // 2).permute(0, 2, 3, 1)
         return torch.cat([x[:, :1], patches.reshape(B, -1, D)], dim=1)
 
-    def forward(self, x, thw):
-        """x: (B, 1 + t*h*w, dim). Returns (B, 1 + t'*h'*w', dim_out) and (t', h', w')."""
+    def forward(self, x, thw, kept=None):
+        """x: (B, 1 + t*h*w, dim). Returns (B, 1 + t'*h'*w', dim_out), or only the tokens `kept`, and (t', h', w')."""
+        few = max(PIECE // (x.shape[1] * x.shape[2]), 1)                      # samples
+        if x.device.type == "cpu" and len(x) > few and not torch.compiler.is_compiling():
+            pieces = zip(x.split(few), itertools.repeat(None) if kept is None else kept.split(few))
+            outputs, grids = zip(*(self.forward(part, thw, its_kept) for part, its_kept in pieces))
+            return torch.cat(outputs), grids[0]
         y, norm = x, self.norm1
         if self.dim != self.dim_att:                                          # widening in attention: from norm1(x)
             y, norm = norm(x), nn.Identity()
             x = self.proj(y)
-        y, pooled = self.attn(y, thw, norm)
-        x = self.pool_skip(x, thw) + self.drop_path(y)
+        y, pooled = self.attn(y, thw, norm, kept)
+        x = take(self.pool_skip(x, thw), kept) + self.drop_path(y)
         y, norm = x, self.norm2
         if self.dim_att != self.dim_out:                                      # widening in the MLP: from norm2(x)
             y, norm = norm(x), nn.Identity()
@@ -293,14 +325,19 @@ class MViT(nn.Module):
         x = self.patch_embed(x)
         return x.flatten(2).transpose(1, 2), tuple(x.shape[2:])
 
-    def encode(self, tokens, thw):
-        """Stem tokens (B, N, D) on grid `thw` -> (B, 1 + N', D') and the output grid; the class token comes first."""
+    def encode(self, tokens, thw, kept=None):
+        """Stem tokens (B, N, D) on grid `thw` -> (B, 1 + N', D') and the output grid; the class token comes first.
+
+        kept: (B, K) numbers of the patch tokens that are wanted, to get (B, 1 + K, D'): once the last block's attention
+        is done, where tokens meet for the last time, the others are dropped.
+        """
         x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
         for block in self.blocks:
+            last = F.pad(kept + 1, (1, 0)) if kept is not None and block is self.blocks[-1] else None
             if self.checkpointing and self.training:
-                x, thw = checkpoint(block, x, thw, use_reentrant=False)
+                x, thw = checkpoint(block, x, thw, last, use_reentrant=False)
             else:
-                x, thw = block(x, thw)
+                x, thw = block(x, thw, last)
         return x, thw
 
     def features(self, x):
@@ -353,7 +390,7 @@ class PooledAttention(nn.Module):
             self.add_module(f"pool_{x}", getattr(v2, f"pool_{x}"))
             self.add_module(f"norm_{x}", getattr(v2, f"norm_{x}"))
 
-    def forward(self, x, thw, norm=nn.Identity()):
+    def forward(self, x, thw, norm=nn.Identity(), kept=None):
         """Attention over norm(x), (B, 1 + t*h*w, dim). Returns (B, 1 + t'*h'*w', dim) and the grid of the queries."""
         q, k, v = self.qkv(norm(x)).chunk(3, dim=-1)
         k, _ = self.pool(k, self.pool_k, self.norm_k, thw)                    # (B, 1 + Nk, heads, C)
@@ -363,7 +400,7 @@ class PooledAttention(nn.Module):
         else:
             q = q.unflatten(2, (self.num_heads, self.head_dim))
         x = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)))
-        return self.proj(x.transpose(1, 2).flatten(2)), thw
+        return self.proj(take(x.transpose(1, 2).flatten(2), kept)), thw
 
 
 class MViTB(nn.Module):

@@ -180,10 +180,11 @@ def main():
     model = build_maskfeat(dataclasses.asdict(recipe)).to(device)
     grid = tuple(n // s for n, s in zip((recipe.num_frames, *recipe.image_size)[-len(model.encoder.patch_stride):],
                                         model.encoder.patch_stride))
+    model.most_masked = masking.most_masked(recipe.mask, grid, recipe.mask_ratio)
     on_gpu = device.type == "cuda"
     amp, autocast, scaler = mixed_precision(recipe.amp, device)
     optimizer = torch.optim.AdamW(param_groups(model, recipe.weight_decay), lr=0.0, betas=(0.9, recipe.beta2),
-                                  fused=on_gpu)
+                                  fused=True)
     last, lines = os.path.join(recipe.out, "last.pt"), os.path.join(recipe.out, "log.jsonl")
     fingerprint, step, skipped = layouts.fingerprint(samples), 0, 0
     for path in (last, lines):

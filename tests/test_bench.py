@@ -85,15 +85,15 @@ def test_plain_form_is_another_way_to_the_same_step(model, size):
 
 def test_plain_forms_are_in_place_only_while_they_run():
     def forms():
-        return (bench.mvit.attention, bench.mvit.MultiScaleAttention.pool, bench.mvit.recomputed,
-                bench.vit.Attention.forward, bench.HOG.forward)
+        return [getattr(owner, name) for owner, name in bench.FORMS]
 
     def fail():
         raise KeyError
-    assert bench.plainly(forms)() == bench.PLAIN and forms() == bench.OURS
+    ours, plain = forms(), list(bench.FORMS.values())
+    assert bench.plainly(forms)() == plain and forms() == ours
     with pytest.raises(KeyError):
         bench.plainly(fail)()
-    assert forms() == bench.OURS and not set(bench.OURS) & set(bench.PLAIN)
+    assert forms() == ours and not set(ours) & set(plain)
 
 
 def test_lines_of_a_step():

@@ -3,6 +3,8 @@
 Backends "eager" and "aot_eager" (which traces the backward pass, too) guard and count as the default one does, and need
 no C++ compiler.
 """
+import math
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -21,14 +23,18 @@ def fresh():
 
 
 def maskfeat(name, drop_path=0.0, checkpointing=False):
-    return build_maskfeat(dict(
+    net = build_maskfeat(dict(
         model=name, target="hog", image_size=(32, 32), num_frames=4, output_stride=8, patch_size=8, expand="mlp",
         drop_path=drop_path, checkpointing=checkpointing, bins=9, cell=8, norm="l2", color="rgb", gradient="sobel"))
+    net.most_masked = math.prod(SHAPES[name][1]) // 2
+    return net
 
 
 def pretraining_loss(net, shapes, batch):
     shape, grid = shapes
-    return net(torch.randn(batch, *shape), torch.rand(batch, *grid) < torch.rand(()))[0]   # any share of the mask
+    number = torch.randint(1, net.most_masked + 1, (batch, 1))                # of masked tokens
+    mask = torch.rand(batch, math.prod(grid)).argsort(1).argsort(1) < number
+    return net(torch.randn(batch, *shape), mask.view(batch, *grid))[0]
 
 
 def finetuning_loss(net, shapes, batch):

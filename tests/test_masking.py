@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from masking import block_mask, cube_mask, frame_mask, tube_mask  # noqa: E402
+from masking import block_mask, cube_mask, draw_mask, frame_mask, most_masked, tube_mask  # noqa: E402
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "masks_seeded.npz")
 COUNT = 3000  # masks per statistic
@@ -148,6 +148,19 @@ def test_the_generator_alone_decides(make, grid):
     again = [make(grid, 0.4, rng) for rng in [random.Random(7)] for _ in range(5)]
     assert np.array_equal(once, again)
     assert len({mask.tobytes() for mask in once}) > 1
+
+
+@pytest.mark.parametrize("kind, grid", [
+    ("block", (14, 14)), ("block", (5, 9)), ("cube", (8, 14, 14)), ("cube", (8, 7, 7)), ("cube", (4, 9, 14)),
+    ("cube", (4, 3, 3)), ("tube", (8, 14, 14)), ("tube", (8, 9, 13)), ("frame", (8, 14, 14)), ("frame", (3, 5, 7))])
+@pytest.mark.parametrize("ratio", [0.1, 0.4, 0.75])
+def test_no_mask_hides_more_than_most_masked(kind, grid, ratio):
+    """The bound holds, is reached wherever cells are alike, and nearly elsewhere."""
+    rng, bound = random.Random(0), most_masked(kind, grid, ratio)
+    counts = [int(draw_mask(kind, grid, ratio, rng).sum()) for _ in range(400)]
+    even = kind in ("block", "frame") or grid[1] % 2 == grid[2] % 2 == 0
+    assert max(counts) == bound if even else 0.75 * bound < max(counts) <= bound
+    assert 0 < bound < math.prod(grid)
 
 
 def test_errors_name_value_and_remedy():
