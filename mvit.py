@@ -23,15 +23,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-SMALL = 600_000  # numbers in a tensor; with fewer, the bookkeeping takes longer than it is worth (measured on a CPU)
-PIECE = 2_400_000  # numbers that a block takes in at a time on a CPU, a clip of mvitv2_s: larger tensors fall out of its
-# caches, and the C library maps memory anew for each of them (8 clips at once took 15 % longer)
+# Measured on a CPU:
+SMALL = 600_000    # numbers in a tensor; with fewer, recomputation takes longer than it is worth
+NARROW = 256       # width of layers; with less, products, too, take little time for the memory of their many tokens
+PIECE = 2_400_000  # numbers that a block takes in at a time, a clip of mvitv2_s: larger tensors fall out of the caches,
+#                    and the C library maps memory anew for each of them (8 clips at once take 15 % longer)
 
 
 def recomputed(function, *inputs):
     """function(*inputs), of which only the inputs are kept; what lies in between is computed anew in the backward pass.
 
-    For what takes little computation and much memory: 5 % more FLOPs and 60 % less memory in mvitv2_s. A product at the
+    For what takes little computation and much memory: in mvitv2_s 2 % more FLOPs, 44 % less to keep. A product at the
     end is not done twice, as recomputation stops once its input is there. torch.compile chooses by itself.
     """
     if inputs[0].numel() < SMALL or torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -67,7 +69,7 @@ class Mlp(nn.Module):
     def forward(self, x, norm=nn.Identity()):
         """MLP of norm(x), (B, N, dim) -> (B, N, dim_out). For the backward pass it keeps x and the hidden layer before
         GELU; where the layers are narrow and the tokens many, that is much memory for little computation: then only x."""
-        if x.shape[-1] < 256:
+        if x.shape[-1] < NARROW:
             return recomputed(lambda x: self.fc2(F.gelu(self.fc1(norm(x)))), x)
         hidden = recomputed(lambda x: self.fc1(norm(x)), x)
         return recomputed(lambda hidden: self.fc2(F.gelu(hidden)), hidden)
@@ -150,7 +152,8 @@ class MultiScaleAttention(nn.Module):
     def forward(self, x, thw, norm=nn.Identity(), kept=None):
         """Attention over norm(x), (B, 1 + t*h*w, dim). Returns (B, 1 + t'*h'*w', dim_out), of which only the tokens
         `kept` if given, and the grid (t', h', w')."""
-        q, k, v, q_thw, k_thw = recomputed(lambda x: self.pooled_qkv(norm(x), thw), x)
+        pooled = lambda x: self.pooled_qkv(norm(x), thw)
+        q, k, v, q_thw, k_thw = recomputed(pooled, x) if x.shape[-1] < NARROW else pooled(x)
         x = attention(q, k, v, q_thw, k_thw, self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
 
         def project(x, q):
