@@ -7,11 +7,13 @@
 A line compares two quantities: ours, and the plain form's or the whole that ours is a part of. The sides take turns, so
 that a busy machine slows both; the ratio is the median of the rounds' ratios, ± half their interquartile range. A round
 for warm-up comes first, and GPU work is waited for. Plain forms are eager, of the same precision, and do what equations
-say: logits and bias materialised, HOG by scatter, every frame decoded at full size.
+say: logits and bias materialised, every key projected, every token computed to the end, all samples at once, everything
+kept for the backward pass, HOG by scatter, every frame decoded at full size.
 
 A step is forward, HOG, loss, backward, clipping, AdamW. Its peak memory is what it takes beyond weights, AdamW's state
 and input: of a process of its own (CPU, eager only), or of the allocator. Model FLOPs: three forward passes by
-flops.py, two per multiply-add. A sample is read, cropped and masked on one core, as a loader's worker does it.
+flops.py, two per multiply-add, of the whole model, though ours leaves a part of them out. A sample is read, cropped and
+masked on one core, as a loader's worker does it.
 """
 import argparse
 import contextlib
@@ -64,7 +66,7 @@ FORMS = {                                                                     # 
     (mvit, "attention"): plain_attention, (mvit.MultiScaleAttention, "pool"): plain_pool,
     (mvit, "seen_by_windows"): lambda x, thw, stride: (x, thw, None),         # every key and value
     (mvit, "recomputed"): lambda function, *inputs: function(*inputs),        # everything kept
-    (mvit, "PIECE"): math.inf,                                                # a batch at once
+    (mvit, "PIECE"): sys.maxsize,                                                # a batch at once
     (vit.Attention, "forward"): plain_vit_attention, (HOG, "forward"): plain_hog_forward,
     (MaskFeat, "wanted"): lambda self, masked: None}                          # every token to the end
 

@@ -3,8 +3,11 @@
     x (B, 3, 16, 224, 224) --stem--> (B, 8*56*56, D) --mask token where hidden--> blocks --> (B, 8*14*14, D')
       --LayerNorm, Linear--> prediction (B, 1568, 108) --l2 on the masked tokens-- goal (B, 1568, 108) <--HOG-- x
 
-The wrapper composes: any encoder with `embed`, `encode`, `stem_dim`, `embed_dim`, `patch_stride` (mvit.py, vit.py), any
-target with `needs`, `dim`, `forward`, `loss` (targets.py). No decoder, no tokens dropped before the last attention.
+(In training, after the last attention, only the 628 tokens go on that a mask can hide at most; see `most_masked`.)
+
+The wrapper composes: any encoder with `embed(x)`, `encode(tokens, grid, kept)`, `stem_dim`, `embed_dim`, `patch_stride`
+(mvit.py, vit.py), any target with `needs`, `dim`, `forward`, `loss` (targets.py). No decoder, no tokens dropped before
+the last attention.
 """
 import math
 
@@ -24,9 +27,9 @@ class MaskFeat(nn.Module):
     """Masked feature prediction.
 
     encoder: trunk without head (num_classes=0). target: what to predict; `target.dim` numbers per output token.
-    most_masked: no sample has more masked tokens (masking.py: `most_masked`). If given, as many tokens of each, the
-        masked ones among them, are computed to the end in training, the others up to the last attention: the loss is
-        the same.
+    most_masked: no sample has more masked tokens on the output grid (masking.py: `most_masked`; checked on a CPU only,
+        as a GPU would have to be waited for). If given, as many tokens of each sample, the masked ones among them, are
+        computed to the end in training, the others up to the last attention: the loss is the same.
     """
 
     def __init__(self, encoder, target, most_masked=None):
@@ -72,14 +75,14 @@ class MaskFeat(nn.Module):
         tokens, grid = self.encoder.embed(x)                                  # (B, N_stem, D)
         hidden = resize_mask(mask, grid)                                      # (B, N_stem)
         tokens = torch.where(hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
-        masked = resize_mask(mask, [n // s for n, s in zip(x.shape[2:], self.encoder.patch_stride)])       # (B, N)
+        masked = resize_mask(mask, [-(-n // s) for n, s in zip(x.shape[2:], self.encoder.patch_stride)])   # (B, N)
         kept = self.wanted(masked)                                            # (B, K), or None for all
         tokens, grid = self.encoder.encode(tokens, grid, kept)                # (B, 1 + N, D') or (B, 1 + K, D')
         prediction = self.head(self.norm(tokens[:, 1:])).float()              # (B, N or K, target.dim)
         with torch.no_grad():
             goal = self.goal(x, extra)                                        # (B, N, target.dim), or (B, N) classes
-        if goal.shape[1] != math.prod(grid):
-            raise ValueError(f"target of shape {tuple(goal.shape)} for predictions on grid {tuple(grid)}: input "
+        if goal.shape[:2] != (len(x), math.prod(grid)):
+            raise ValueError(f"target of shape {tuple(goal.shape)} for {len(x)} grids of {tuple(grid)} tokens: input "
                              f"{tuple(x.shape[2:])} must be a multiple of {self.encoder.patch_stride}")
         if kept is not None:
             samples = torch.arange(len(x), device=x.device)[:, None]

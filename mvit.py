@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# Measured on a CPU:
+# Measured on a CPU; the first two hold on a GPU, too, where torch.compile does not decide.
 SMALL = 600_000    # numbers in a tensor; with fewer, recomputation takes longer than it is worth
 NARROW = 256       # width of layers; with less, products, too, take little time for the memory of their many tokens
 PIECE = 2_400_000  # numbers that a block takes in at a time, a clip of mvitv2_s: larger tensors fall out of the caches,
@@ -152,13 +152,15 @@ class MultiScaleAttention(nn.Module):
     def forward(self, x, thw, norm=nn.Identity(), kept=None):
         """Attention over norm(x), (B, 1 + t*h*w, dim). Returns (B, 1 + t'*h'*w', dim_out), of which only the tokens
         `kept` if given, and the grid (t', h', w')."""
-        pooled = lambda x: self.pooled_qkv(norm(x), thw)
-        q, k, v, q_thw, k_thw = recomputed(pooled, x) if x.shape[-1] < NARROW else pooled(x)
-        x = attention(q, k, v, q_thw, k_thw, self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
+        def pool(x):
+            return self.pooled_qkv(norm(x), thw)
 
         def project(x, q):
             x = torch.cat([x[:, :1], x[:, 1:] + q[:, 1:]], dim=1)              # residual pooling, not the class token
             return self.proj(take(x.flatten(2), kept))
+
+        q, k, v, q_thw, k_thw = recomputed(pool, x) if x.shape[-1] < NARROW else pool(x)
+        x = attention(q, k, v, q_thw, k_thw, self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
         return recomputed(project, x, q), q_thw
 
 
@@ -219,8 +221,8 @@ class MultiScaleBlock(nn.Module):
 
     def forward(self, x, thw, kept=None):
         """x: (B, 1 + t*h*w, dim). Returns (B, 1 + t'*h'*w', dim_out), or only the tokens `kept`, and (t', h', w')."""
-        few = max(PIECE // (x.shape[1] * x.shape[2]), 1)                      # samples
-        if x.device.type == "cpu" and len(x) > few and not torch.compiler.is_compiling():
+        few = max(PIECE // (x.shape[1] * x.shape[2]), 1) if x.device.type == "cpu" else len(x)     # samples at a time
+        if not torch.compiler.is_compiling() and len(x) > few:
             pieces = zip(x.split(few), itertools.repeat(None) if kept is None else kept.split(few))
             outputs, grids = zip(*(self.forward(part, thw, its_kept) for part, its_kept in pieces))
             return torch.cat(outputs), grids[0]
@@ -394,7 +396,8 @@ class PooledAttention(nn.Module):
             self.add_module(f"norm_{x}", getattr(v2, f"norm_{x}"))
 
     def forward(self, x, thw, norm=nn.Identity(), kept=None):
-        """Attention over norm(x), (B, 1 + t*h*w, dim). Returns (B, 1 + t'*h'*w', dim) and the grid of the queries."""
+        """Attention over norm(x), (B, 1 + t*h*w, dim). Returns (B, 1 + t'*h'*w', dim), of which only the tokens `kept`
+        if given, and the grid of the queries."""
         q, k, v = self.qkv(norm(x)).chunk(3, dim=-1)
         k, _ = self.pool(k, self.pool_k, self.norm_k, thw)                    # (B, 1 + Nk, heads, C)
         v, _ = self.pool(v, self.pool_v, self.norm_v, thw)

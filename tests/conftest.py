@@ -47,6 +47,15 @@ def clips(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def two_threads():
+    """At least two, as sums whose order is left to chance need."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, 2))
+    yield
+    torch.set_num_threads(before)
+
+
 def golden_input(shape):
     return torch.from_numpy(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
 

@@ -52,7 +52,7 @@ def test_roi_align_gradient():
     assert ava.roi_align(features, rois[:0], 1 / 32).shape == (0, 2, 7, 7)
 
 
-def test_roi_align_gradient_repeats():
+def test_roi_align_gradient_repeats(two_threads):
     """Boxes of one clip share its cells: their gradients are summed in one order, however many threads there are."""
     torch.manual_seed(0)
     features = torch.randn(4, 14, 14, 768).permute(0, 3, 1, 2).requires_grad_()

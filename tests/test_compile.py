@@ -50,7 +50,7 @@ def train(net, loss_of, name, amp="fp32", batches=(2, 2, 2, 2), backend="eager")
     if backend:
         net.compile(backend=backend)                                          # in place, as the scripts do
     _, autocast, _ = mixed_precision(amp, torch.device("cpu"))
-    optimizer = torch.optim.AdamW(param_groups(net, 0.05), lr=0.0)
+    optimizer = torch.optim.AdamW(param_groups(net, 0.05), lr=0.0, fused=True)
     net.train()
     losses, graphs = [], []
     for step, batch in enumerate(batches):

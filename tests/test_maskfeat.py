@@ -111,6 +111,18 @@ def test_tokens_dropped_after_the_last_attention_change_nothing(make, target, ch
     assert model.eval()(x, mask, classes)[1].shape == prediction.shape        # evaluation predicts every token
 
 
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("cells", [3, 2])
+def test_odd_number_of_frames(train, cells):
+    """5 frames are 3 tokens in time, as the stem pads; a mask on that grid or coarser marks the tokens that are hidden."""
+    model, _, _ = video_model()
+    x, mask = torch.randn(2, 3, 5, 64, 64), random_mask(2, cells, 4, 4)
+    flat = resize_mask(mask, (3, 4, 4))
+    prediction = model.eval()(x, mask)[1]
+    model.train(train).most_masked = int(flat.sum(1).max())
+    torch.testing.assert_close(model(x, mask)[0], (prediction - model.goal(x))[flat].square().mean())
+
+
 def test_more_masked_tokens_than_said():
     model, x, mask = image_model()
     model.most_masked = most = int(mask.flatten(1).sum(1).max()) - 1

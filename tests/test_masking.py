@@ -174,8 +174,12 @@ def test_errors_name_value_and_remedy():
         for ratio in (0, 1, 1.5, -0.1, 40, float("nan")):
             with pytest.raises(ValueError, match=f"{ratio} is not between 0 and 1"):
                 make(grid, ratio, rng)
+            with pytest.raises(ValueError, match=f"{ratio} is not between 0 and 1"):
+                most_masked(make.__name__.removesuffix("_mask"), grid, ratio)
     with pytest.raises(ValueError, match="one time step.*tube_mask"):
         frame_mask((1, 4, 4), 0.4, rng)
+    with pytest.raises(ValueError, match="one time step.*tube_mask"):
+        most_masked("frame", (1, 4, 4), 0.4)
     with pytest.raises(ValueError, match="more than one token"):
         tube_mask((8, 1, 1), 0.4, rng)
     for coarse in (0, -2, 1.5):

@@ -258,7 +258,7 @@ def test_presets():
             assert count is None or sum(p.numel() for p in model.parameters()) == count
 
 
-def test_position_gradients_repeat():
+def test_position_gradients_repeat(two_threads):
     """Many pairs share a distance, and so a row of the table: its gradient is summed in one order, run after run."""
     torch.manual_seed(0)
     table, wanted = torch.randn(111, 96, requires_grad=True), torch.randn(56, 28, 96)
