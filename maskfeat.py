@@ -64,7 +64,8 @@ class MaskFeat(nn.Module):
         if not self.training or self.most_masked is None:
             return None
         if masked.device.type == "cpu" and not torch.compiler.is_compiling() and masked.sum(1).max() > self.most_masked:
-            raise ValueError(f"{masked.sum(1).max()} tokens of a sample are masked, and most_masked={self.most_masked}")
+            raise ValueError(f"{masked.sum(1).max()} tokens of a sample are masked, and most_masked={self.most_masked}: "
+                             "give as many, or None to compute all tokens")
         return masked.int().argsort(dim=1, descending=True, stable=True)[:, :self.most_masked]
 
     def forward(self, x, mask, extra=None):

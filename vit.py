@@ -36,6 +36,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, kept=None):
+        """(B, N, D) -> the same, or only the tokens `kept` of it."""
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)    # each (B, heads, N, C)
         x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D)
