@@ -59,7 +59,11 @@ def _open_video(path, quick=False):
     import av
     try:
         options = {"skip_frame": "all", "analyzeduration": "1000000"} if quick else {}
-        with av.open(os.fspath(path), options=options, metadata_errors="replace") as container:
+        try:
+            container = av.open(os.fspath(path), options=options)
+        except UnicodeDecodeError:  # a title in Latin-1: PyAV before 19 must be told to go on
+            container = av.open(os.fspath(path), options=options, metadata_errors="replace")
+        with container:
             stream = container.streams.best("video")  # not a cover picture
             if stream is None:
                 raise UnreadableFile(path, "it has no video stream")

@@ -47,10 +47,11 @@ def read_numbers(clip):
     return [sum(int(bit) << k for k, bit in enumerate(row)) for row in bits]
 
 
-def write_video(path, pts, unit=Fraction(1, 30), codec="libx264", options=None, rotation=0):
+def write_video(path, pts, unit=Fraction(1, 30), codec="libx264", options=None, rotation=0, metadata=()):
     """One numbered frame for each time in `pts` (in units of `unit` seconds)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
+        container.metadata.update(metadata)
         stream = container.add_stream(codec, rate=round(1 / unit) if unit > Fraction(1, 100) else 30)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.codec_context.time_base = unit
@@ -244,6 +245,12 @@ def test_unreadable_videos_name_file_and_reason(tmp_path, videos):
             data.read_clip(tmp_path / name)
     with pytest.raises(data.UnreadableFile, match="absent.mp4"):
         data.read_clip(tmp_path / "absent.mp4")
+
+
+def test_title_in_latin_1_is_no_obstacle(tmp_path):
+    path = Path(write_video(tmp_path / "title.mkv", range(7), metadata={"title": "Caf? noir"}))
+    path.write_bytes(path.read_bytes().replace(b"Caf?", b"Caf\xe9"))
+    assert read_numbers(data.read_clip(path, 7, 1)) == list(range(7))
 
 
 def test_webm_cut_off_is_a_shorter_video(tmp_path, videos):
