@@ -263,12 +263,12 @@ def main():
         frames = crop_resize(frames, box, size)                               # (T, 3, H, W)
         flip, hole = rng.random() < 0.5, erasing_box(*size, rng)
         frames = frames.flip(-1) if flip else frames
-        x = erase(normalise(frames)[None], torch.tensor([hole]), torch.tensor([args.seed + row]))[0]
+        x = erase(normalize(frames)[None], torch.tensor([hole]), torch.tensor([args.seed + row]))[0]
         text = [name if argument is None else f"{name} {argument:.3g}" for name, argument in operations]
         text = (text or ["no operation"]) + [f"crop to {box[2] * box[3] / height / width:.0%}"]
         text += ["flip"] * flip + [f"erase {hole[2]} x {hole[3]}"] * (hole[2] > 0)
         rows.append(("\n".join(text), to_bytes(x)))
-    x = normalise(rows[0][1])
+    x = normalize(rows[0][1])
     pair = torch.stack([x, x.flip(-2)])                                       # upside down, to tell them apart
     for name, off in (("mixup", {"cutmix": 0}), ("cutmix", {"mixup": 0})):
         x, targets = mix(pair, torch.tensor([0, 1]), 2, random.Random(f"{name} {args.seed}"), smoothing=0, **off)

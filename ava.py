@@ -49,12 +49,13 @@ import data
 import layouts
 import mvit
 import synthetic
-from convert import build_classifier, foreign_recipe, load_weights
+from convert import foreign_recipe, load_weights
+from models import build_classifier
 from engine import (MAX_SKIPPED, Logger, StopSignal, check_positive, gather_list, init_distributed, loader_workers,
                     lr_at, mixed_precision, option, param_groups, parse_recipe, peak_memory, plan_batch,
                     read_checkpoint, reduce_mean, refuse_other_run, report_unreadable, run_main, save_checkpoint,
                     seed_all)
-from flops import count_flops
+from tools.flops import count_flops
 
 CLASSES = 80                    # in the csv from 1; 60 of them are evaluated
 FIRST, LAST = 902, 1798         # seconds that have boxes
@@ -461,7 +462,7 @@ def build(recipe):
     return Detector(build_classifier({**dataclasses.asdict(recipe), "num_classes": CLASSES, "pool": "mean"}))
 
 
-def normalise(x, recipe):
+def normalize(x, recipe):
     """uint8 (B, 3, T, H, W) -> float."""
     mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1, 1) for v in (recipe.mean, recipe.std))
     return x.float().div(255).sub(mean).div(std)
@@ -600,7 +601,7 @@ def train(name, recipe, given, rank, world, device, stop, say):
             x, rois, targets = (batch[key].to(device, non_blocking=True) for key in ("x", "rois", "targets"))
             with ddp.no_sync() if world > 1 and micro < accumulate - 1 else nullcontext():
                 with autocast():
-                    logits = ddp(normalise(x, recipe), rois)                  # (n, 80)
+                    logits = ddp(normalize(x, recipe), rois)                  # (n, 80)
                 # Without boxes this is 0 and all gradients are, but every parameter has one, as DDP wants.
                 loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
                 loss = loss / (CLASSES * max(total, 1 / world))               # their mean, after DDP's over ranks
@@ -770,7 +771,7 @@ def detect(detector, frames, media, recipe, view, device, rank, world):
             same = list(same)
             batch = collate(same)
             with autocast():
-                logits = detector(normalise(batch["x"].to(device, non_blocking=True), recipe), batch["rois"].to(device))
+                logits = detector(normalize(batch["x"].to(device, non_blocking=True), recipe), batch["rois"].to(device))
             scores = logits.sigmoid().cpu().split([len(item["boxes"]) for item in same])
             records += [(item["index"], part.numpy()) for item, part in zip(same, scores)]
     scores = dict(gather_list(records))

@@ -41,9 +41,9 @@ import layouts
 import masking
 import mvit
 import vit
-from convert import build_maskfeat
+from models import build_maskfeat
 from engine import loader_workers, param_groups, peak_memory, run_main
-from flops import count_flops
+from tools.flops import count_flops
 from hog import HOG
 from maskfeat import MaskFeat
 
@@ -225,9 +225,9 @@ def matrix_product(amp, device):
 def bench_step(model, batch, amp, device, rounds, compiled, add, memory=True, **size):
     what, how = f"{model} {amp}, batch {batch}", (model, batch, amp, device)
     net, x, step = make_step(*how, **size)
-    kinds, goals = {"eager": step}, {"eager": net.goal}
+    kinds, goals = {"eager": step}, {"eager": net.compute_target}
     if compiled:
-        fast, goals["compiled"] = torch.compile(net), torch.compile(net.goal)
+        fast, goals["compiled"] = torch.compile(net), torch.compile(net.compute_target)
         kinds["compiled"] = lambda: step(fast)
     steps, peaks = {**kinds, "plain": plainly(step)}, {}
     if device.type == "cuda":

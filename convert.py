@@ -20,10 +20,7 @@ import torch.nn.functional as F
 import mvit
 import vit
 from engine import read_checkpoint, run_main, save_checkpoint
-from maskfeat import MaskFeat
-from targets import TARGETS
-
-ENCODERS = {**mvit.MODELS, **vit.MODELS}
+from models import build_classifier, build_maskfeat
 
 # Tables: (fragment of their names, of ours), at a name's start or after a dot; the first that occurs counts, None drops
 # the tensor, other names stay. Ours are mvit.py's and vit.py's, with "maskfeat." before what only pre-training has.
@@ -64,69 +61,9 @@ KINDS = {(5, 64, 3): "mvit_tiny", (5, 96, 16): "mvitv2_s", (5, 96, 24): "mvitv2_
          (4, 128, 6): "vit_tiny", (4, 768, 12): "vit_b", (4, 1024, 24): "vit_l"}
 
 
-# ------------------------------------------------------------------------------------------------ models from recipes
-
-def builder(name):
-    """The constructor of an encoder, by name."""
-    if name not in ENCODERS:
-        raise ValueError(f"model={name!r}: use one of {', '.join(ENCODERS)}")
-    return ENCODERS[name]
-
-
-def build_maskfeat(recipe):
-    """The pre-training model that a recipe (a dict, as stored in a checkpoint) describes.
-
-    Reads model, target, image_size, num_frames, output_stride, patch_size, expand, drop_path, checkpointing, and for
-    the target bins, cell, norm, color, gradient (HOG), pixel_norm (pixels), label_classes, label_order (pseudo-labels)
-    or teacher, and with it align, mean, std (features). The teacher's file is read.
-    """
-    name, target, (H, W) = recipe["model"], recipe["target"], recipe["image_size"]
-    build = builder(name)
-    if target not in TARGETS:
-        raise ValueError(f"target={target!r}: use one of {', '.join(TARGETS)}")
-    shared = {"num_classes": 0, **{key: recipe[key] for key in ("image_size", "drop_path", "checkpointing")}}
-    if name in mvit.MODELS:
-        T, stride = recipe["num_frames"], recipe["output_stride"]
-        for axis, side in zip("HW", (H, W)):
-            if side % stride:
-                low = side - side % stride
-                raise ValueError(f"clip {T}x{H}x{W} is not divisible by the output stride {stride}: {axis}={side}, use "
-                                 f"{low or stride} or {low + stride}")
-        encoder = build(num_frames=T, output_stride=stride, expand=recipe["expand"], **shared)
-    else:
-        encoder = build(patch_size=recipe["patch_size"], **shared)
-    patch = encoder.patch_stride[-1]
-    grid = H // patch, W // patch
-    if target == "hog":
-        options = {"patch_size": patch, **{key: recipe[key] for key in ("bins", "cell", "norm", "color", "gradient")}}
-    elif target == "pixel":
-        options = {"patch_size": patch, "norm": recipe["pixel_norm"]}
-    elif target == "dvae":
-        options = {"teacher": recipe["teacher"]}
-    elif target == "label":
-        options = {"grid": grid, "classes": recipe["label_classes"], "order": recipe["label_order"]}
-    else:
-        options = {"grid": grid, **{key: recipe[key] for key in ("teacher", "image_size", "mean", "std", "align")}}
-    return MaskFeat(encoder, TARGETS[target](**options))
-
-
-def build_classifier(recipe):
-    """The fine-tuning model that a recipe describes: a bare encoder with norm and head.
-
-    Reads model, num_classes, image_size (H, W), drop_path, dropout (0 if absent), checkpointing, pool; num_frames and
-    expand (MViT) or patch_size (ViT). The output stride, unless given, is the model's own: 32, and 8 for mvit_tiny.
-    """
-    options = {key: recipe[key] for key in ("num_classes", "image_size", "drop_path", "checkpointing", "pool")}
-    keys = ("num_frames", "expand") if recipe["model"] in mvit.MODELS else ("patch_size",)
-    options |= {key: recipe[key] for key in keys}
-    if recipe["model"] in mvit.MODELS and recipe.get("output_stride"):
-        options["output_stride"] = recipe["output_stride"]
-    return builder(recipe["model"])(dropout=recipe.get("dropout", 0.0), **options)
-
-
 # ------------------------------------------------------------------------------------------------ reading checkpoints
 
-def recognise(checkpoint):
+def recognize(checkpoint):
     """(format, state dict) of a checkpoint's content, or of a bare state dict. Names lose DDP's "module."."""
     for key in ("model_state", "model", "teacher", "student", "state_dict", None):        # of DINO, the teacher counts
         state = checkpoint if key is None else checkpoint.get(key)
@@ -196,7 +133,7 @@ def load_weights(model, path, verbose=True):
     whole, as pre-training and fine-tuning differ in them; so may a head of another size. Any other tensor that finds no
     place, or gets none, means another model and raises ValueError with its name.
     """
-    form, state = recognise(read_checkpoint(path))
+    form, state = recognize(read_checkpoint(path))
     state, dropped = translate(form, state)
     own = model.state_dict()
     parts = {part(name) for name in state}
@@ -243,7 +180,7 @@ def foreign_recipe(checkpoint):
     Model, sizes, classes, expand and pool come from names and shapes; pool, sampling rate, mean and std also from the
     release's `cfg`. Pre-training gets the release's target and mask. Without head, num_classes is 0. Raises ValueError.
     """
-    form, state = recognise(checkpoint)
+    form, state = recognize(checkpoint)
     if form == "ours" and "recipe" in checkpoint:
         return {"pool": "mean", **checkpoint["recipe"]}
     mean_pooled = form in ("ours", "release") or any(name.startswith("fc_norm.") for name in state)
@@ -312,7 +249,7 @@ def export(checkpoint, to):
     timm), "cls" gives norm. "release": {"epoch", "model_state", "optimizer_state", "cfg"}, without the constant `hogs`
     buffers and without optimizer; `cfg` says what shapes do not.
     """
-    recipe, state = foreign_recipe(checkpoint), translate(*recognise(checkpoint))[0]
+    recipe, state = foreign_recipe(checkpoint), translate(*recognize(checkpoint))[0]
     image, left_out = recipe["model"] in vit.MODELS, []
     if to == "timm":
         if not image:
@@ -339,7 +276,7 @@ def main():
     if os.path.exists(args.destination):
         raise ValueError(f"{args.destination} exists: nothing is written over it")
     checkpoint = read_checkpoint(args.source)
-    form, _ = recognise(checkpoint)
+    form, _ = recognize(checkpoint)
     if form != "ours":
         if args.to:
             raise ValueError(f"{args.source} ({form}) is not ours: convert it without --to, then the result with it")

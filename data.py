@@ -364,9 +364,9 @@ def read_map(path, classes, shape=None):
 def extras(target, paths, grid, frame_stride=1, folder=""):
     """The arguments of TrainDataset for what a target (targets.py) needs. grid: (h, w) of tokens; frame_stride: frames
     per token step; folder: of the label maps, see `find_maps`."""
-    if target.needs == "view":
+    if target.input_kind == "view":
         return {"view_size": tuple(8 * n for n in grid), "view_stride": frame_stride}  # dVAE: 8 pixels per token
-    return {"maps": find_maps(paths, folder), "map_classes": target.dim} if target.needs == "labels" else {}
+    return {"maps": find_maps(paths, folder), "map_classes": target.dim} if target.input_kind == "labels" else {}
 
 
 # ---------------------------------------------------------------- samples and batches

@@ -29,11 +29,12 @@ import evaluate
 import layouts
 import mvit
 import synthetic
-from convert import ENCODERS, build_classifier, foreign_recipe, load_weights, recognise
+from convert import foreign_recipe, load_weights, recognize
+from models import MODELS, build_classifier
 from engine import (MAX_SKIPPED, Logger, StopSignal, check_positive, gather_list, init_distributed, loader_workers, lr_at,
                     mixed_precision, option, param_groups, parse_recipe, peak_memory, plan_batch, read_checkpoint,
                     reduce_mean, refuse_other_run, report_unreadable, run_main, save_checkpoint, seed_all)
-from flops import count_flops
+from tools.flops import count_flops
 
 
 # ------------------------------------------------------------------------------------------------------------ recipes
@@ -43,7 +44,7 @@ from flops import count_flops
 @dataclass(frozen=True)
 class Recipe:
     # model and input
-    model: str = option("mvitv2_s", "encoder preset", tuple(ENCODERS))
+    model: str = option("mvitv2_s", "encoder preset", tuple(MODELS))
     init: str = option("", "checkpoint whose weights to start from: ours, or any that convert.py knows; none: from scratch")
     num_classes: int = option(0, "classes; 0: as many as the data set has")
     image_size: tuple = option((224, 224), "height and width in pixels")
@@ -234,7 +235,7 @@ def find(recipe, split, classes=()):
 def load_for_test(recipe, given, say):
     """(recipe, model, names of the classes or []) of the checkpoint recipe.eval; flags that were given go before it."""
     checkpoint = read_checkpoint(recipe.eval)
-    form, state = recognise(checkpoint)
+    form, state = recognize(checkpoint)
     stored = foreign_recipe(checkpoint)                                       # ours tell theirs
     if "recipe" in given:                                                     # a row that was named says how to test
         given = {*given, "sampling_rate", "segments", "clips", "crops", "crop_ratio"}

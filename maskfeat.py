@@ -45,16 +45,16 @@ class MaskFeat(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def goal(self, x, extra=None):
+    def compute_target(self, x, extra=None):
         """The target of every output token, (B, N, ...), from the intact input; or from `extra`, something else of the
         sample, if that is what the target needs.
 
         A clip gives one frame per token step: with stem kernel 3, stride 2, padding 1, token t sees frames 2t-1, 2t,
         2t+1, so frame 2t is the temporal centre of its cube (Sec. 2.2).
         """
-        if self.target.needs == "frames":
+        if self.target.input_kind == "frames":
             x = x[:, :, ::self.encoder.patch_stride[0]].transpose(1, 2) if x.ndim == 5 else x[:, None]
-        elif self.target.needs != "clip":
+        elif self.target.input_kind != "clip":
             x = extra
         return self.target(x)                                                 # frames: (B, t, 3, H, W)
 
@@ -81,7 +81,7 @@ class MaskFeat(nn.Module):
         tokens, grid = self.encoder.encode(tokens, grid, kept)                # (B, 1 + N, D') or (B, 1 + K, D')
         prediction = self.head(self.norm(tokens[:, 1:])).float()              # (B, N or K, target.dim)
         with torch.no_grad():
-            goal = self.goal(x, extra)                                        # (B, N, target.dim), or (B, N) classes
+            goal = self.compute_target(x, extra)                                        # (B, N, target.dim), or (B, N) classes
         if goal.shape[:2] != (len(x), math.prod(grid)):
             raise ValueError(f"target of shape {tuple(goal.shape)} for {len(x)} grids of {tuple(grid)} tokens: input "
                              f"{tuple(x.shape[2:])} must be a multiple of {self.encoder.patch_stride}")

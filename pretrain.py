@@ -29,11 +29,11 @@ import masking
 import mvit
 import synthetic
 import visualize
-from convert import ENCODERS, build_maskfeat
+from models import MODELS, build_maskfeat
 from engine import (MAX_SKIPPED, Logger, StopSignal, check_positive, gather_list, init_distributed, loader_workers, lr_at,
                     mixed_precision, option, param_groups, parse_recipe, peak_memory, plan_batch, read_checkpoint,
                     reduce_mean, refuse_other_run, report_unreadable, run_main, save_checkpoint, seed_all)
-from flops import Counter, count_flops
+from tools.flops import Counter, count_flops
 from targets import TARGETS
 
 # ------------------------------------------------------------------------------------------------------------ recipes
@@ -43,7 +43,7 @@ from targets import TARGETS
 @dataclass(frozen=True)
 class Recipe:
     # model and input
-    model: str = option("mvitv2_s", "encoder preset", tuple(ENCODERS))
+    model: str = option("mvitv2_s", "encoder preset", tuple(MODELS))
     image_size: tuple = option((224, 224), "height and width in pixels")
     num_frames: int = option(16, "frames per clip", alias="--frames")                 # Sec. 4.1: 16x4
     sampling_rate: int = option(4, "stride between frames, at 30 fps")
@@ -141,13 +141,13 @@ def check(recipe, samples):
         raise ValueError(f"crop_scale={recipe.crop_scale} is not an increasing range within (0, 1]")
 
 
-def goal_flops(model, x, extra):
+def target_flops(model, x, extra):
     """FLOPs of the target of the samples in x, counted as those of the student (flops.py)."""
     counter = Counter()
     hooks = [module.register_forward_pre_hook(lambda m, args: setattr(counter, "width", m.qkv.out_features // 3))
              for module in model.target.modules() if hasattr(module, "qkv")]
     with torch.no_grad(), counter:
-        model.goal(x, extra)
+        model.compute_target(x, extra)
     for hook in hooks:
         hook.remove()
     return counter.macs + 5 * counter.normed
@@ -267,7 +267,7 @@ def main():
             newly_unreadable.update(batch["unreadable"])
             x = batch["x"].to(device, non_blocking=True).float().div(255).sub(mean).div(std)
             mask = batch["mask"].to(device, non_blocking=True)
-            extra = batch[model.target.needs].to(device, non_blocking=True) if model.target.needs in batch else None
+            extra = batch[model.target.input_kind].to(device, non_blocking=True) if model.target.input_kind in batch else None
             with ddp.no_sync() if world > 1 and micro < accumulate - 1 else nullcontext():
                 with autocast():
                     loss, _ = ddp(x, mask, extra)
@@ -321,11 +321,11 @@ def main():
     if recipe.dry_run:
         cost = count_flops(model, (1, *x.shape[1:]))
         with autocast():
-            of_goal = goal_flops(model, x[:1], None if extra is None else extra[:1])
+            of_target = target_flops(model, x[:1], None if extra is None else extra[:1])
         teacher = getattr(model.target, "teacher", None)
         say(f"dry run, nothing written: student {cost['parameters'] / 1e6:.1f} M parameters, {cost['flops'] / 1e9:.3g} "
             f"GFLOPs forward per {samples.kind}; target {recipe.target} {teacher.size / 1e6 if teacher else 0:.1f} M "
-            f"parameters, {of_goal / 1e9:.3g} GFLOPs; peak memory {peak_memory(device):.2f} GiB; {seconds:.3g} s per "
+            f"parameters, {of_target / 1e9:.3g} GFLOPs; peak memory {peak_memory(device):.2f} GiB; {seconds:.3g} s per "
             f"step, so {total_steps * seconds / 3600:.3g} hours for {total_steps} steps")
         return
     say(f"{step} steps, {skipped} skipped for non-finite gradients, {len(unreadable)} unreadable files replaced; "

@@ -1,6 +1,6 @@
 """What MaskFeat predicts (Sec. 2.2, Tables 1, 2): one class per kind of target, all with the same signature.
 
-    target.needs                            what of the sample it is computed from:
+    target.input_kind                            what of the sample it is computed from:
                                               "frames": of the input, the frame at each cube's centre, (B, t, 3, H, W)
                                               "clip":   all of the input, (B, 3, T, H, W)
                                               "view", "labels": what the loader adds under this name (data.py)
@@ -35,7 +35,7 @@ class HOGTarget(nn.Module):
 
     patch_size: pixels per output token, a multiple of `cell`. Other arguments: see `hog.HOG`.
     """
-    needs = "frames"
+    input_kind = "frames"
 
     def __init__(self, patch_size=16, bins=9, cell=8, norm="l2", color="rgb", gradient="sobel"):
         super().__init__()
@@ -59,7 +59,7 @@ class PixelTarget(nn.Module):
     norm: "dataset", the input as normalised by the data set's mean and std (paper); "patch", each patch and all its
         colours further brought to zero mean and unit variance (release's option; unbiased, eps 1e-6).
     """
-    needs = "frames"
+    input_kind = "frames"
 
     def __init__(self, patch_size=16, norm="dataset"):
         super().__init__()
@@ -94,11 +94,11 @@ class FeatureTarget(nn.Module):
     MODES = {"bilinear": {"mode": "bilinear", "align_corners": False}, "nearest": {"mode": "nearest"}}
     MODES["dilated"] = MODES["bilinear"]                                      # for what still differs
 
-    def __init__(self, load, needs="frames", *, teacher, grid, image_size, mean, std, align="bilinear"):
+    def __init__(self, load, input_kind="frames", *, teacher, grid, image_size, mean, std, align="bilinear"):
         super().__init__()
         if align not in self.MODES:
             raise ValueError(f"align={align!r}: use one of {', '.join(self.MODES)}")
-        self.needs, self.grid, self.align = needs, tuple(grid), align
+        self.input_kind, self.grid, self.align = input_kind, tuple(grid), align
         self.teacher = load(teacher, align)
         self.dim = self.teacher.dim
         for side in image_size:
@@ -113,7 +113,7 @@ class FeatureTarget(nn.Module):
         return super().train(False)                                           # the statistics of BatchNorm stay
 
     def forward(self, x):
-        B, video = len(x), self.needs == "clip"
+        B, video = len(x), self.input_kind == "clip"
         x = x if video else x.flatten(0, 1)                                   # (B, 3, T, H, W) or (B*t, 3, H, W)
         shape = (3, *[1] * (x.ndim - 2))
         x = self.teacher(x * self.scale.view(shape) + self.shift.view(shape)).float()
@@ -133,7 +133,7 @@ class TokenTarget(nn.Module):
 
     From a second view of the same crop and flip with 8 pixels per token. teacher: path of the encoder's weights.
     """
-    needs = "view"
+    input_kind = "view"
 
     def __init__(self, teacher):
         super().__init__()
@@ -179,7 +179,7 @@ class LabelTarget(nn.Module):
         left as y, so that a map is cut at the mirror place of the diagonal. Uncorrected in both: the maps were made of
         the central square of each image, while boxes are fractions of the whole.
     """
-    needs = "labels"
+    input_kind = "labels"
 
     def __init__(self, grid, classes=1000, order="xy"):
         super().__init__()

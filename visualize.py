@@ -21,7 +21,7 @@ import data
 import layouts
 import masking
 import mvit
-from convert import build_maskfeat
+from models import build_maskfeat
 from engine import read_checkpoint, run_main
 from hog import draw_hog, unpatch_hog
 
@@ -93,7 +93,7 @@ def panels(model, recipe, x, mask, extra=None):
     """
     zoom = max(2, round(200 / x.shape[-2]))                                   # screen pixels per input pixel
     _, prediction = model(x[None], mask[None], extra)
-    goal = model.goal(x[None], extra)
+    goal = model.compute_target(x[None], extra)
     patch, stride = model.encoder.patch_stride[-1], model.encoder.patch_stride[0]
     frames = x[:, ::stride].transpose(0, 1) if x.ndim == 4 else x[None]       # (t, 3, H, W)
     mask = mask.view(len(frames), *mask.shape[-2:]).cpu()
@@ -162,7 +162,7 @@ def draw(model, recipe, paths, output, device="cpu", frames=4, seed=0):
             continue
         mask = masking.draw_mask(recipe["mask"], grid, recipe["mask_ratio"], data.sample_rng(seed, 0, i),
                                  recipe.get("frame_runs", True))
-        extra = item[model.target.needs][None].to(device) if model.target.needs in item else None
+        extra = item[model.target.input_kind][None].to(device) if model.target.input_kind in item else None
         steps = panels(model, recipe, x.to(device), torch.from_numpy(mask).to(device), extra)
         movie.append(steps)
         titles.append(os.path.basename(path))

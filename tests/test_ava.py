@@ -20,7 +20,7 @@ import data
 import runs
 import synthetic
 from conftest import GOLDEN, ROOT, golden_input
-from convert import build_classifier
+from models import build_classifier
 from engine import read_checkpoint
 from runs import assert_same_weights, log_of
 

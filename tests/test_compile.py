@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from augment import soft_cross_entropy
-from convert import ENCODERS, build_maskfeat
+from models import MODELS, build_maskfeat
 from engine import mixed_precision, param_groups
 
 SHAPES = {"mvit_tiny": ((3, 4, 32, 32), (2, 4, 4)), "vit_tiny": ((3, 32, 32), (4, 4))}     # input, grid of the mask
@@ -78,7 +78,7 @@ def test_pretraining_step_is_one_graph_compiled_once(name, options, amp):
 
 @pytest.mark.parametrize("name, size", [("mvit_tiny", {"num_frames": 4}), ("vit_tiny", {})])
 def test_finetuning_step_is_one_graph_compiled_once(name, size):
-    net = ENCODERS[name](num_classes=5, image_size=32, drop_path=0.2, dropout=0.5, **size)
+    net = MODELS[name](num_classes=5, image_size=32, drop_path=0.2, dropout=0.5, **size)
     _, *counts = train(net, finetuning_loss, name)
     assert counts == [0, 1, 0]
 

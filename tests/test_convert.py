@@ -15,8 +15,8 @@ import convert
 import mvit
 import vit
 from conftest import GOLDEN, ROOT
-from convert import (build_classifier, build_maskfeat, export, foreign_recipe, import_foreign, load_weights, recognise,
-                     rename, resize_positions)
+from convert import export, foreign_recipe, import_foreign, load_weights, recognize, rename, resize_positions
+from models import build_classifier, build_maskfeat
 from engine import read_checkpoint, save_checkpoint
 
 PRETRAIN = dict(target="hog", output_stride=16, patch_size=8, expand="mlp", drop_path=0.0, checkpointing=False, bins=9,
@@ -120,7 +120,7 @@ def ours(name, stage, **changes):
     return {"model": model.state_dict(), "recipe": recipe, "step": 3}, model
 
 
-# Format -> checkpoint, and what foreign_recipe must see in it. `recognise` says the name's first word.
+# Format -> checkpoint, and what foreign_recipe must see in it. `recognize` says the name's first word.
 FOREIGN = {
     "torchvision": (lambda: filled(torchvision_layout(*TINY_CLIP)),
                     dict(model="mvit_tiny", num_classes=7, num_frames=4, expand="attn", pool="cls", mean=(0.45,) * 3)),
@@ -164,7 +164,7 @@ def test_formats(form, tmp_path):
     """Recognised, described, and loaded whole into the model described: every tensor of it comes from the file."""
     make, want = FOREIGN[form]
     checkpoint = make()
-    assert recognise(checkpoint)[0] == form.split(",")[0]
+    assert recognize(checkpoint)[0] == form.split(",")[0]
     recipe = foreign_recipe(checkpoint)
     assert {key: recipe[key] for key in want} == want
     assert tuple(recipe["image_size"]) == (64, 64)
@@ -173,7 +173,7 @@ def test_formats(form, tmp_path):
     report = load_weights(model, str(tmp_path / "file"), verbose=False)
     assert not report["fresh"] and not report["resized"]
     assert sorted(report["loaded"]) == sorted(model.state_dict())
-    state = recognise(checkpoint)[1]
+    state = recognize(checkpoint)[1]
     assert len(report["loaded"]) + len(report["left out"]) == len(state)
     sums = {round(float(tensor.double().sum()), 9) for tensor in state.values()}          # each tensor is a file's one
     assert {round(float(tensor.double().sum()), 9) for tensor in model.state_dict().values()} <= sums
@@ -315,7 +315,7 @@ def test_logits_of_timm(form, pooled, serve):
     load_weights(model, "file", verbose=False)
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        want, got = timm_forward(recognise(checkpoint)[1], x, 4, pooled), model(x)
+        want, got = timm_forward(recognize(checkpoint)[1], x, 4, pooled), model(x)
     assert want.std() > 0.1
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 

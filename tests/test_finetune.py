@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import runs
-from convert import build_classifier
+from models import build_classifier
 from engine import layer_id, param_groups, read_checkpoint
 from evaluate import accuracy
 from runs import assert_same_weights, log_of

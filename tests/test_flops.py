@@ -3,7 +3,7 @@ import torch
 
 import mvit
 import vit
-from flops import count_flops
+from tools.flops import count_flops
 from maskfeat import MaskFeat
 from plain import plain_attention, plain_pool
 from targets import HOGTarget

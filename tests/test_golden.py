@@ -10,14 +10,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import mvit
 import vit
 from conftest import GOLDEN, golden_input, golden_mask
-from convert import build_maskfeat, foreign_recipe, load_weights, read_checkpoint, recognise
+from convert import foreign_recipe, load_weights, read_checkpoint, recognize
+from models import build_maskfeat
 from engine import lr_at, param_groups
 
 MODELS = {**mvit.MODELS, **vit.MODELS}
 
 
 def released_maskfeat(path):
-    model = build_maskfeat(foreign_recipe(recognise(read_checkpoint(path))[1]))
+    model = build_maskfeat(foreign_recipe(recognize(read_checkpoint(path))[1]))
     load_weights(model, path, verbose=False)
     return model
 
@@ -71,7 +72,7 @@ def test_pretraining(name, x_shape, mask_shape, golden, released):
     flat = prediction[masked].detach().flatten()
     np.testing.assert_allclose(flat[:64], z["pred_first64"], atol=1e-5)
     np.testing.assert_allclose(flat[-64:], z["pred_last64"], atol=1e-5)
-    np.testing.assert_allclose(model.goal(x)[masked].flatten()[:108], z["target_first108"], atol=1e-6)
+    np.testing.assert_allclose(model.compute_target(x)[masked].flatten()[:108], z["target_first108"], atol=1e-6)
     loss.backward()
     compare_gradients({official(n): p for n, p in model.named_parameters()}, z)
     assert all(p.grad is not None for p in model.parameters())

@@ -57,7 +57,7 @@ def test_loss_counts_masked_tokens_only(make):
     model, x, mask = make()
     flat = mask.flatten(1)
     _, prediction = model(x, mask)
-    goal = model.goal(x)
+    goal = model.compute_target(x)
     loss = model.target.loss(prediction, goal, flat)
     noise = torch.randn_like(goal)
     torch.testing.assert_close(loss, (prediction - goal)[flat].square().mean())
@@ -120,7 +120,7 @@ def test_odd_number_of_frames(train, cells):
     flat = resize_mask(mask, (3, 4, 4))
     prediction = model.eval()(x, mask)[1]
     model.train(train).most_masked = int(flat.sum(1).max())
-    torch.testing.assert_close(model(x, mask)[0], (prediction - model.goal(x))[flat].square().mean())
+    torch.testing.assert_close(model(x, mask)[0], (prediction - model.compute_target(x))[flat].square().mean())
 
 
 def test_more_masked_tokens_than_said():
@@ -132,12 +132,12 @@ def test_more_masked_tokens_than_said():
 
 def test_target_sees_the_middle_frame_of_each_cube():
     model, x, _ = video_model()
-    goal = model.goal(x)                                                      # (2, 2*4*4, 108)
+    goal = model.compute_target(x)                                                      # (2, 2*4*4, 108)
     frames = model.target(x[:, :, [0, 2]].transpose(1, 2))
     assert torch.equal(goal, frames)
     other = x.clone()
     other[:, :, [1, 3]] = 0
-    assert torch.equal(model.goal(other), goal)
+    assert torch.equal(model.compute_target(other), goal)
 
 
 def test_coarse_mask_is_the_enlarged_one():

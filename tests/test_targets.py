@@ -20,7 +20,7 @@ import teachers
 import vit
 import visualize
 from engine import read_checkpoint
-from flops import count_flops
+from tools.flops import count_flops
 from test_teachers import Hostile, keys, save
 
 
@@ -87,7 +87,7 @@ def test_alignment_of_a_cnn(made, align):
 
 def test_video_teacher(made):
     """MViT-B takes the whole clip and gives a vector per token, time first."""
-    target = feature_target(made("mvit_b"), teachers.load_mvit_b, (2, 2), (32, 32), needs="clip", **dict(zip(
+    target = feature_target(made("mvit_b"), teachers.load_mvit_b, (2, 2), (32, 32), input_kind="clip", **dict(zip(
         ("mean", "std"), teachers.KINETICS)))
     x = torch.randn(1, 3, 4, 32, 32)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_video_teacher(made):
     for token in range(8):
         torch.testing.assert_close(goal[0, token], want[:, token // 4, 0, 0], atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="48 is not a multiple of its 32"):
-        feature_target(made("mvit_b"), teachers.load_mvit_b, (3, 3), (48, 48), needs="clip")
+        feature_target(made("mvit_b"), teachers.load_mvit_b, (3, 3), (48, 48), input_kind="clip")
 
 
 def test_teacher_is_frozen_and_hidden(made):

@@ -17,7 +17,7 @@ import teachers
 import vit
 from conftest import GOLDEN, golden_input
 from engine import read_checkpoint
-from flops import Counter
+from tools.flops import Counter
 
 KEYS = {"dvae": "dvae_encoder", "dino": "dino_vitb16_backbone", "dino_full": "dino_vitb16_teacher_wrapped",
         "deit": "deit_base_patch16_224_model", "mocov3": "moco_v3_vit_b_state_dict", "resnet50": "torchvision_resnet50",

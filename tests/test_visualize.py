@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from convert import build_maskfeat
+from models import build_maskfeat
 from visualize import panels, sheet
 
 RECIPE = dict(model="vit_tiny", target="hog", image_size=(64, 64), num_frames=4, output_stride=16, patch_size=8, expand="mlp",
