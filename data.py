@@ -496,7 +496,7 @@ class TrainDataset(torch.utils.data.Dataset):
         return torch.from_numpy(np.stack(self.augment(pictures, rng))).permute(0, 3, 1, 2)
 
 
-PretrainDataset, target_inputs = TrainDataset, extras
+PretrainDataset, FinetuneDataset, target_inputs = TrainDataset, TrainDataset, extras
 
 
 def normalize(x, mean, std):
