@@ -327,6 +327,13 @@ class FinetuneDataset(torch.utils.data.Dataset):
         return torch.from_numpy(np.stack(self.augment(pictures, rng))).permute(0, 3, 1, 2)
 
 
+def normalize(x, mean, std):
+    """uint8 (B, 3, [T,] H, W) -> float, less the mean and over the deviation of each color."""
+    shape = (3, *[1] * (x.ndim - 2))
+    mean, std = (torch.tensor(v, device=x.device).view(shape) for v in (mean, std))
+    return x.float().div(255).sub(mean).div(std)
+
+
 # ---------------------------------------------------------------- views for a test
 
 

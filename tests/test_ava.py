@@ -18,7 +18,7 @@ from PIL import Image
 import ava
 import data
 import runs
-import synthetic
+from tools import synthetic
 from conftest import GOLDEN, ROOT, golden_input
 from models import build_classifier
 from engine import read_checkpoint

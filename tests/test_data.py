@@ -18,7 +18,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import layouts
-import synthetic
+from tools import synthetic
 from plain import plain_clip
 
 av = pytest.importorskip("av")

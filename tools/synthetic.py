@@ -33,24 +33,26 @@ ACTIONS = ("move left and right", "move up and down", "turn round", "grow and sh
 SHAPE_CLASS = 11                 # to 13: the shape is a second class of every box, one of those that are not evaluated
 
 
-def make_dataset(folder, seed=0):
+def make_dataset(folder, seed=0, print0=print):
     """Makes folder/{train,val}/<shape>_<motion>/NNN.mp4 unless it is there; returns the folder.
 
     The content depends on the seed only. It is made beside the folder and moved there when complete, by child
     processes, so that the caller loads no video library before its data workers fork.
     Raises ValueError if the folder holds something else.
     """
-    return _make(Path(folder), seed, f"synthetic videos, version 1, seed {seed}\n")
+    return _make(folder, seed, f"synthetic videos, version 1, seed {seed}\n", print0)
 
 
-def make_ava_dataset(folder, seed=0):
+def make_ava_dataset(folder, seed=0, print0=print):
     """Makes folder/{annotations,videos}, laid out as AVA v2.2, as make_dataset does."""
-    return _make(Path(folder), seed, f"synthetic movies, version 1, seed {seed}\n", "--ava")
+    return _make(folder, seed, f"synthetic movies, version 1, seed {seed}\n", print0, "--ava")
 
 
-def _make(folder, seed, mark, *kind):
+def _make(name, seed, mark, print0, *kind):
+    folder = Path(name)
     if _is_complete(folder, mark):
-        return folder
+        return name
+    print0(f"no --data: making videos in {name}, once")
     folder.parent.mkdir(parents=True, exist_ok=True)
     making = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
     parts = min(os.cpu_count() or 1, 8)
@@ -75,7 +77,7 @@ def _make(folder, seed, mark, *kind):
             child.kill()
             child.wait()
         shutil.rmtree(making, ignore_errors=True)  # already gone if all went well
-    return folder
+    return name
 
 
 def _is_complete(folder, mark):
