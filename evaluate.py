@@ -29,8 +29,8 @@ import convert
 import data
 import layouts
 import models
-from data import UnreadableFile
 from tools.flops import count_flops
+from video import UnreadableFile
 
 # What a checkpoint says of itself. These are the values where it says nothing.
 DEFAULTS = {

@@ -278,7 +278,7 @@ def train(name, recipe, overrides, rank, world, device):
                                 device_batch, run.step)
     loader = iter(data.make_loader(
         make_dataset(recipe, samples), batches, engine.loader_workers(recipe.workers, device),
-        pin_memory=device.type == "cuda"))
+        pin_memory=device.type == "cuda", collate=data.collate_repeats))
 
     # ---------------------------------------------------------------------------------------- loop
     model.train()
