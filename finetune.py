@@ -235,9 +235,9 @@ def train(name, recipe, overrides, rank, world, device):
         "batch_size" in overrides, print0)
     if device_batch == 1 and (recipe.mixup or recipe.cutmix):
         raise ValueError(
-            f"mixup and cutmix pair the samples of a forward pass, and batch_size={recipe.batch_size} "
-            f"over {world} processes with device_batch={recipe.device_batch} leaves one in each: raise "
-            "--device-batch or --batch-size, or use --mixup 0 --cutmix 0")
+            "mixup and cutmix pair the samples of a forward pass, and device_batch="
+            f"{recipe.device_batch} at batch_size={recipe.batch_size} leaves one in each of {world} "
+            "processes: raise --device-batch or --batch-size, or use --mixup 0 --cutmix 0")
     steps_per_epoch = len(samples) // recipe.batch_size
 
     # --------------------------------------------------------------------- model, optimizer, resume
