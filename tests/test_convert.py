@@ -276,7 +276,7 @@ def test_other_models_are_named(layout, words):
 
 def test_rename_takes_whole_components_and_refuses_collisions():
     table = [("hogs.", None), ("fc_norm.", "norm."), ("x.", "z.")]
-    renamed, dropped = rename({"hogs.0.w": 1, "a.fc_norm.b": 2, "xx.b": 3, "x.x.b": 4}, table)
+    renamed, origin = rename({"hogs.0.w": 1, "a.fc_norm.b": 2, "xx.b": 3, "x.x.b": 4}, table)
     assert renamed == {"a.norm.b": ("a.fc_norm.b", 2), "xx.b": ("xx.b", 3), "z.x.b": ("x.x.b", 4)}
     assert dropped == ["hogs.0.w"]
     assert rename({"a.norm.b": 2}, table, back=True) == ({"a.fc_norm.b": ("a.norm.b", 2)}, [])
