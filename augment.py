@@ -157,10 +157,10 @@ def erasing_box(height, width, rng, prob=0.25, area=(0.02, 1 / 3), aspect=(0.3, 
 
 
 def erase(x, boxes, seeds):
-    """Fills the box of each sample, in place, with normal noise of every pixel, color and frame.
+    """Fills the box of each sample with normal noise per pixel, color and frame. Changes x.
 
     x: (B, 3, T, H, W) or (B, 3, H, W) float, normalized, as the noise has mean 0 and deviation 1.
-    boxes: (B, 4) ints of erasing_box. seeds: B ints. Both on the CPU, so that nothing is waited for.
+    boxes: (B, 4) ints of erasing_box. seeds: B ints. Both on the CPU, so that nothing waits.
     Returns x. Raises ValueError if x is not float or the lengths differ. Release: "pixel" mode.
     """
     if not x.is_floating_point() or not len(x) == len(boxes) == len(seeds):
@@ -206,7 +206,7 @@ def mix(x, labels, num_classes, rng, mixup=0.8, cutmix=1.0, prob=1.0, switch=0.5
 
 
 def _cutmix_box(height, width, lam, rng):
-    """(top, bottom, left, right): sqrt(1 - lam) of each side around any point, cut at the border."""
+    """(top, bottom, left, right): sqrt(1 - lam) of each side, around a point, within the image."""
     side = math.sqrt(1 - lam)
     half_h, half_w = int(height * side) // 2, int(width * side) // 2
     y, x = rng.randrange(height), rng.randrange(width)
