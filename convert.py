@@ -97,29 +97,23 @@ def translate(form, state):
 
 
 def signature(state):
-    """The key in KINDS of a state dict with our names."""
+    """(key in KINDS, MViT's `expand`) of a state dict with our names."""
     stem = state.get("patch_embed.proj.weight", torch.empty(0))
-    blocks = [int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)]
-    return stem.ndim, len(stem), 1 + max(blocks, default=-1)
-
-
-def expand_of(state):
-    """MViT's `expand`: in a block with "attn", qkv takes in fewer numbers than it gives each."""
-    qkv = [tensor for name, tensor in state.items() if name.endswith("qkv.weight")]
-    return "attn" if any(len(tensor) != 3 * tensor.shape[1] for tensor in qkv) else "mlp"
+    qkv = [tensor for name, tensor in state.items() if name.endswith("attn.qkv.weight")]
+    wider = any(len(tensor) != 3 * tensor.shape[1] for tensor in qkv)
+    return (stem.ndim, len(stem), len(qkv)), "attn" if wider else "mlp"
 
 
 def resize_positions(name, tensor, shape):
     """A table of positions in another shape, else None. Release: relative tables linearly."""
     if ".rel_pos_" in name and tensor.shape[1:] == shape[1:]:
-        table = F.interpolate(tensor.T[None].float(), size=shape[0], mode="linear")[0].T
-        return table.to(tensor.dtype)
+        return F.interpolate(tensor.T[None].float(), size=shape[0], mode="linear")[0].T
     if name == "pos_embed" and tensor.shape[2:] == shape[2:]:
         old, new = (math.isqrt(n - 1) for n in (tensor.shape[1], shape[1]))
         if old * old + 1 == tensor.shape[1] and new * new + 1 == shape[1]:  # squares, class token
             table = tensor[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2).float()
             table = F.interpolate(table, size=(new, new), mode="bicubic").flatten(2).mT
-            return torch.cat([tensor[:, :1], table.to(tensor.dtype)], dim=1)
+            return torch.cat([tensor[:, :1], table], dim=1)
     return None
 
 
@@ -181,11 +175,12 @@ def load_weights(model, path, verbose=True):
 
 def expand_hint(checkpoint, state, places):
     """The `expand` and `pool` that a model needs, if it is like the checkpoint's in the rest."""
-    if signature(state) != signature(places) or expand_of(state) == expand_of(places):
+    (kind, expand), (other_kind, other) = signature(state), signature(places)
+    if kind != other_kind or expand == other:
         return ""
-    expand, pool = (foreign_recipe(checkpoint)[key] for key in ("expand", "pool"))
     if "maskfeat.mask_token" in places:  # no pooling
         return f'; use expand="{expand}" (--expand {expand})'
+    pool = foreign_recipe(checkpoint)["pool"]
     return f'; use expand="{expand}", pool="{pool}" (--expand {expand} --pool {pool})'
 
 
@@ -201,32 +196,31 @@ def foreign_recipe(checkpoint):
         return {"pool": "mean", **checkpoint["recipe"]}
     pool = "mean" if form in ("ours", "release") or "fc_norm.weight" in state else "cls"
     state, _ = translate(form, state)
-    kind = signature(state)
+    kind, expand = signature(state)
     if kind not in KINDS:
         raise ValueError(f"{form} checkpoint of no known model: {kind} is not in {KINDS}")
     name, video = KINDS[kind], KINDS[kind] in mvit.MODELS
-    tables = [f"blocks.0.attn.rel_pos_{axis}" for axis in "thw"]
-    tables += [f"blocks.{kind[2] - 1}.attn.rel_pos_h"]
+    tables = [f"blocks.0.attn.rel_pos_{x}" for x in "thw"] + [f"blocks.{kind[2] - 1}.attn.rel_pos_h"]
     for table in tables if video else ["pos_embed"]:
         if table not in state:
             raise ValueError(f"{form} checkpoint of {name} lacks {table}")
     head = state.get("head.projection.weight", state.get("head.weight", ()))
     recipe = {"model": name, "num_classes": len(head), "num_frames": 16, "sampling_rate": 4,
               "crop_ratio": 0.875, "patch_size": 16, "output_stride": 16, "drop_path": 0.0,
-              "checkpointing": False, "expand": expand_of(state)}
+              "checkpointing": False, "expand": expand}
     if video:
         t, h, w, last = ((len(state[table]) + 1) // 2 for table in tables)  # 2n - 1 distances
         recipe |= {"num_frames": 2 * t, "image_size": (4 * h, 4 * w), "mean": (0.45,) * 3,
                    "std": (0.225,) * 3,  # of Kinetics, release
                    "output_stride": 4 * 2 ** round(math.log2(h / last))}  # 78 / 9 counts as 8
-        if recipe["expand"] == "attn":  # the release's supervised models
+        if expand == "attn":  # the release's supervised models
             pool = "cls"
     else:
         tokens, patch = state["pos_embed"].shape[1], state["patch_embed.proj.weight"].shape[-1]
         side = math.isqrt(tokens - 1)
         if side * side + 1 != tokens:
-            raise ValueError(f"{tokens} positions in pos_embed: not a class token and a square grid")
-        # ImageNet's mean and std. No file says that some of timm's ViTs (augreg) want 0.5 and 0.5.
+            raise ValueError(f"pos_embed of {tokens} tokens is not a class token and a square grid")
+        # ImageNet's mean and std. Some of timm's ViTs (augreg) want 0.5, which no file tells.
         recipe |= {"patch_size": patch, "image_size": (side * patch,) * 2,
                    "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     if "maskfeat.mask_token" in state:
@@ -250,7 +244,7 @@ def read_cfg(cfg):
 
 
 def import_foreign(path):
-    """A foreign file as {"model", "recipe"}. Without a head it is a trunk without final norm."""
+    """A foreign file as {"model", "recipe"}. A file without a head becomes a trunk without norm."""
     recipe = foreign_recipe(read_checkpoint(path))
     model = build_maskfeat(recipe) if "target" in recipe else build_classifier(recipe)
     report = load_weights(model, path)
@@ -291,8 +285,7 @@ def main():
     if os.path.exists(args.destination):
         raise ValueError(f"{args.destination} exists: choose another name")
     checkpoint = read_checkpoint(args.source)
-    form, _ = recognize(checkpoint)
-    model = foreign_recipe(checkpoint)["model"]
+    form, model = recognize(checkpoint)[0], foreign_recipe(checkpoint)["model"]
     if form == "ours":
         to = args.to or ("timm" if model in vit.MODELS else "release")
         result, left_out = export(checkpoint, to)

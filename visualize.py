@@ -2,10 +2,10 @@
 
     python visualize.py --checkpoint out/pretrain/last.pt --input A.mp4 B.mp4 --output figure.png
 
-The prediction shows the target, dimmed and blue, where the input is visible. For clips an animation
-is written beside the picture (.gif). dVAE tokens have a color each; a prediction of them is green if
-right, else red, and bright if the right token is probable. Features show three principal components,
-predictions of them the cosine similarity. Pseudo-labels show number and color of the top class.
+The prediction shows the target, dimmed and blue, where the input is visible. For clips an
+animation is written beside the picture (.gif). dVAE tokens have a color each. Their predictions are
+green where right, else red, bright where the right token is probable. Features show principal
+components, their predictions cosine similarity; pseudo-labels number and color of the top class.
 """
 import argparse
 import json
@@ -145,7 +145,7 @@ def sheet(columns, names):
 def draw(model, recipe, paths, output, device="cpu", frames=4, seed=0):
     """Write the picture of the files in `paths`, and beside it a GIF if the model takes clips.
 
-    recipe: dict, as in a checkpoint. frames: frames of each clip in the picture. seed: of the masks.
+    recipe: dict, as in a checkpoint. frames: of each clip in the picture. seed: of the masks.
     Takes the middle clip and the center crop. Returns the paths written.
     """
     video, stride = recipe["model"] in mvit.MODELS, model.encoder.patch_stride
@@ -231,11 +231,11 @@ def main():
     checkpoint = read_checkpoint(args.checkpoint)
     recipe = checkpoint.get("recipe")
     if not isinstance(recipe, dict) or "mask_token" not in checkpoint.get("model", {}):
-        raise ValueError(f"{args.checkpoint} is no pre-training checkpoint of ours: use one, or run "
-                         "convert.py on a released one")
+        raise ValueError(f"{args.checkpoint} is no pre-training checkpoint of ours: "
+                         "run convert.py on a released one")
     if args.frames < 1 or os.path.splitext(args.output)[1].lower() in ("", ".gif"):
-        raise ValueError(f"--frames {args.frames} --output {args.output}: use one frame or more and a "
-                         "name like figure.png")
+        raise ValueError(f"--frames {args.frames} --output {args.output}: "
+                         "use one frame or more and a name like figure.png")
     for path in args.input:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"no file {path}")

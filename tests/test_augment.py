@@ -6,12 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import golden_input
 from PIL import Image
 
-from augment import (OPERATIONS, _cutmix_box, apply_operations, color_jitter, draw_operations,
-                     erase, erasing_box, mix, parse_rand_augment, rand_augment,
-                     soft_cross_entropy)
-from conftest import golden_input
+import augment
+from augment import OPERATIONS, color_jitter, draw_operations, erase, erasing_box, mix, rand_augment
 from tools import augmentations
 
 UNLEVELED = ("AutoContrast", "Equalize", "Invert")
@@ -29,7 +28,8 @@ def picture(seed=0, height=48, width=64):
 
 
 def run(name, argument, array, **options):
-    return np.asarray(apply_operations([Image.fromarray(array)], [(name, argument)], **options)[0])
+    images = [Image.fromarray(array)]
+    return np.asarray(augment.apply_operations(images, [(name, argument)], **options)[0])
 
 
 def argument_at(name, magnitude, sign=1):
@@ -187,10 +187,10 @@ def test_magnitude_is_cut_to_its_range():
     ("rand-m9--inc1", "''"), ("", "inc1")])
 def test_parse(text, want):
     if isinstance(want, dict):
-        assert parse_rand_augment(text) == want
+        assert augment.parse_rand_augment(text) == want
         return
     with pytest.raises(ValueError, match=want):
-        parse_rand_augment(text)
+        augment.parse_rand_augment(text)
 
 
 def test_color_jitter():
@@ -302,7 +302,7 @@ def test_cutmix_share_is_exact(shape):
 
 def test_cutmix_box_side():
     """A box that no border cuts has sides sqrt(1 - lambda) of the image: 0.548 of 100 and 200."""
-    boxes = {_cutmix_box(100, 200, 0.7, random.Random(seed)) for seed in range(300)}
+    boxes = {augment._cutmix_box(100, 200, 0.7, random.Random(seed)) for seed in range(300)}
     inner = [(b - t, r - l) for t, b, l, r in boxes if t > 0 and l > 0 and b < 100 and r < 200]
     assert len(inner) > 30 and set(inner) == {(54, 108)}
     assert any(t == 0 for t, _, _, _ in boxes) and any(r == 200 for _, _, _, r in boxes)
@@ -349,18 +349,19 @@ def test_golden_loss(name, classes, golden):
     """The release's loss of its logits, labels 3 and 4, lambda 0.7, smoothing 0.1."""
     z = golden(f"{name}.npz")
     _, targets = mix(torch.zeros(2, 3, 4, 4), torch.tensor([3, 4]), classes, Fixed(0), cutmix=0)
-    loss = soft_cross_entropy(torch.from_numpy(z["logits"]), targets)
+    loss = augment.soft_cross_entropy(torch.from_numpy(z["logits"]), targets)
     assert loss.item() == pytest.approx(float(z["loss"]), rel=1e-6)
 
 
 def test_soft_cross_entropy_is_float32_inside():
     logits, labels = golden_input((4, 10)) * 20, torch.tensor([1, 2, 3, 9])
     targets, low = torch.full((4, 10), 0.1), logits.bfloat16()
-    assert soft_cross_entropy(low, targets).dtype == torch.float32
-    assert torch.equal(soft_cross_entropy(low, targets), soft_cross_entropy(low.float(), targets))
+    loss = augment.soft_cross_entropy(low, targets)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, augment.soft_cross_entropy(low.float(), targets))
     hard = torch.nn.functional.one_hot(labels, 10).float()
     want = torch.nn.functional.cross_entropy(logits, labels)
-    torch.testing.assert_close(soft_cross_entropy(logits, hard), want)
+    torch.testing.assert_close(augment.soft_cross_entropy(logits, hard), want)
 
 
 def test_contact_sheet(tmp_path, monkeypatch):

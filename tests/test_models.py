@@ -12,7 +12,8 @@ def classifier(name, **changes):
     return build_classifier({**RECIPE, "model": name, **changes})
 
 
-@pytest.mark.parametrize("name, shape", [("mvit_tiny", (2, 3, 4, 64, 64)), ("vit_tiny", (2, 3, 64, 64))])
+@pytest.mark.parametrize("name, shape", [
+    ("mvit_tiny", (2, 3, 4, 64, 64)), ("vit_tiny", (2, 3, 64, 64))])
 def test_pool(name, shape):
     torch.manual_seed(0)
     model, by_mean = classifier(name, pool="cls").eval(), classifier(name).eval()
@@ -30,7 +31,8 @@ def test_pool(name, shape):
 
 
 def test_build_classifier():
-    assert classifier("vit_tiny").dropout == 0 and classifier("vit_tiny", dropout=0.5).dropout == 0.5
+    assert classifier("vit_tiny").dropout == 0
+    assert classifier("vit_tiny", dropout=0.5).dropout == 0.5
     assert classifier("mvit_tiny").patch_stride == (2, 8, 8)
     with torch.device("meta"):
         clip = dict(num_frames=16, image_size=(224, 224))
