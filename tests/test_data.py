@@ -16,6 +16,7 @@ from PIL import Image
 
 import data
 import layouts
+import video
 from conftest import ROOT
 from test_video import av, cut_off, expected_numbers, read_numbers, videos, write_video  # noqa: F401
 from tools import synthetic
@@ -44,7 +45,7 @@ def test_crop_box_stays_inside_and_follows_its_law():
     assert min(areas) > 0.079 and max(areas) < 0.501 and max(abs(np.array(logs))) < np.log(4 / 3) + 0.01
 
 
-def test_crop_box_falls_back_to_the_centre():
+def test_crop_box_falls_back_to_the_center():
     assert data.random_resized_crop_box(10, 100, random.Random(0), (0.9, 1)) == (0, 43, 10, 13)
     assert data.random_resized_crop_box(100, 10, random.Random(0), (0.9, 1)) == (43, 0, 13, 10)
 
@@ -78,8 +79,12 @@ def clip_set(tmp_path_factory):
 
 
 def dataset(samples, **more):
-    return data.TrainDataset(samples, (32, 40), num_frames=4, sampling_rate=2, mask=random_mask, seed=3,
+    return data.PretrainDataset(samples, (32, 40), num_frames=4, sampling_rate=2, mask=random_mask, seed=3,
                                 short_side=48, **more)
+
+
+def finetune_dataset(samples, **more):
+    return data.FinetuneDataset(samples, (32, 40), num_frames=4, sampling_rate=2, seed=3, short_side=48, **more)
 
 
 def all_batches(samples, workers=0, **more):
@@ -93,7 +98,7 @@ def all_batches(samples, workers=0, **more):
 def assert_same(one, two):
     assert one.keys() == two.keys()
     assert one["unreadable"] == two["unreadable"]
-    for name in ("x", "mask", "label", "index"):
+    for name in one.keys() - {"unreadable"}:
         assert torch.equal(one[name], two[name]), name
 
 
@@ -126,11 +131,9 @@ def test_randomness_depends_on_epoch_and_index_and_the_mask_has_its_own(clip_set
     assert not torch.equal(items[0, 1]["mask"], items[0, 2]["mask"])
     assert not torch.equal(items[0, 1]["x"], plain[0, 1]["x"])
     assert torch.equal(items[0, 1]["mask"], plain[0, 1]["mask"])
-    evaluation = dataset(clip_set, train=False)
-    assert torch.equal(evaluation[0, 1]["x"], evaluation[1, 1]["x"])
-    middle = data.read_clip(clip_set.paths[1], 4, 2, 0.5, 48)
-    centred = data.crop_resize(middle, (0, 2, 48, 60), (32, 40))
-    assert torch.equal(evaluation[0, 1]["x"], centred.transpose(0, 1))
+    middle = video.read_clip(clip_set.paths[1], 4, 2, 0.5, 48)
+    centered = data.crop_resize(middle, (0, 2, 48, 60), (32, 40))
+    assert torch.equal(items.center(1)["x"], centered.transpose(0, 1))
 
 
 def test_pretraining_draws_what_it_always_drew(monkeypatch):
@@ -153,7 +156,7 @@ def test_pretraining_draws_what_it_always_drew(monkeypatch):
     monkeypatch.setattr(data, "crop_resize", crop_resize)
     for kind, ending, frames in (("video", "mp4", 4), ("image", "jpg", None)):
         samples = layouts.Samples(kind, [f"{k}.{ending}" for k in range(5)], [0, 1, 2, 3, 4], [])
-        items = data.TrainDataset(samples, (32, 40), frames, 2, random_mask, 3)
+        items = data.PretrainDataset(samples, (32, 40), frames, 2, random_mask, 3)
         for epoch in range(3):
             for index in range(5):
                 item = items[epoch, index]
@@ -164,7 +167,7 @@ def test_pretraining_draws_what_it_always_drew(monkeypatch):
 def test_flip_mirrors_half_of_the_samples(tmp_path):
     ramp = np.tile(np.arange(0, 240, 4, dtype=np.uint8), (60, 1))
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    items = data.TrainDataset(layouts.find_samples(tmp_path), (16, 16))
+    items = data.PretrainDataset(layouts.find_samples(tmp_path), (16, 16))
     flipped = [bool(x[0, 0, 0] > x[0, 0, -1]) for x in (items[epoch, 0]["x"] for epoch in range(400))]
     assert abs(np.mean(flipped) - 0.5) < 4 * 0.5 / 400 ** 0.5
     assert items[0, 0]["x"].shape == (3, 16, 16) and "mask" not in items[0, 0]
@@ -172,7 +175,7 @@ def test_flip_mirrors_half_of_the_samples(tmp_path):
 
 def test_num_frames_must_go_with_the_data(clip_set):
     with pytest.raises(ValueError, match="num_frames=None does not go with video"):
-        data.TrainDataset(clip_set, (32, 32))
+        data.PretrainDataset(clip_set, (32, 32))
 
 
 def test_workers_and_resuming_change_no_sample(clip_set):
@@ -226,15 +229,15 @@ def some_box(height, width, rng):
 
 def test_repeats_share_the_clip_and_nothing_else(clip_set):
     more = dict(augment=invert, erase=some_box, flip=0.5)
-    items, single = dataset(clip_set, repeats=3, **more), dataset(clip_set, **more)
+    items, single = finetune_dataset(clip_set, repeats=3, **more), finetune_dataset(clip_set, **more)
     for index in range(3):
         item, one = items[1, index], single[1, index]
         assert item["x"].shape == (3, 3, 4, 32, 40) and item["boxes"].shape == (3, 4) and item["seeds"].shape == (3,)
         assert item["boxes"].dtype == item["seeds"].dtype == torch.int64
-        assert torch.equal(item["x"][0], one["x"]) and torch.equal(item["boxes"][:1], one["boxes"])
+        assert torch.equal(item["x"][:1], one["x"]) and torch.equal(item["boxes"][:1], one["boxes"])
         assert len({view.numpy().tobytes() for view in item["x"]}) == len(set(item["seeds"].tolist())) == 3
     # Without crop, flip and augmentation the views are one clip.
-    still = dataset(clip_set, repeats=2, scale=(1, 1), ratio=(4 / 3, 4 / 3), flip=0)[0, 1]["x"]
+    still = finetune_dataset(clip_set, repeats=2, scale=(1, 1), ratio=(4 / 3, 4 / 3), flip=0)[0, 1]["x"]
     assert torch.equal(still[0], still[1])
 
 
@@ -244,23 +247,22 @@ def test_augmentation_comes_before_the_crop_of_a_clip_and_after_that_of_an_image
     def look(pictures, rng):
         seen.append([picture.size for picture in pictures])
         return pictures
-    augmented = dataset(clip_set, augment=look)[0, 1]["x"]
-    assert seen == [[(64, 48)] * 4] and torch.equal(augmented, dataset(clip_set)[0, 1]["x"])
+    augmented = finetune_dataset(clip_set, augment=look)[0, 1]["x"]
+    assert seen == [[(64, 48)] * 4] and torch.equal(augmented, finetune_dataset(clip_set)[0, 1]["x"])
     Image.fromarray(np.tile(np.arange(0, 240, 4, dtype=np.uint8), (50, 1))).save(tmp_path / "ramp.png")
     images = layouts.find_samples(tmp_path)
-    item = data.TrainDataset(images, (16, 24), augment=look)[3, 0]["x"]
-    assert seen[1:] == [[(24, 16)]] and torch.equal(item, data.TrainDataset(images, (16, 24))[3, 0]["x"])
+    item = data.FinetuneDataset(images, (16, 24), augment=look)[3, 0]["x"]
+    assert seen[1:] == [[(24, 16)]] and torch.equal(item, data.FinetuneDataset(images, (16, 24))[3, 0]["x"])
 
 
 def test_batches_of_repeats_are_flat_and_the_same_with_workers(clip_set):
-    items = dataset(clip_set, repeats=2, augment=invert, erase=some_box, segments=True)
+    items = finetune_dataset(clip_set, repeats=2, augment=invert, erase=some_box, segments=True)
     batches = data.EpochBatches(len(clip_set), 3, 2, 3)
-    for one, two in zip(data.make_loader(items, batches, 0), data.make_loader(items, batches, 2), strict=True):
+    for one, two in zip(*(data.make_loader(items, batches, workers, collate=data.collate_repeats) for workers in (0, 2)), strict=True):
         assert one["x"].shape == (6, 3, 4, 32, 40) and one["boxes"].shape == (6, 4)
-        assert one["label"].shape == one["index"].shape == one["seeds"].shape == (6,) and one["mask"].shape[0] == 6
+        assert one["label"].shape == one["index"].shape == one["seeds"].shape == (6,)
         assert torch.equal(one["index"][0::2], one["index"][1::2]) and len(set(one["index"].tolist())) == 3
         assert_same(one, two)
-        assert torch.equal(one["boxes"], two["boxes"]) and torch.equal(one["seeds"], two["seeds"])
     first = items[0, one["index"][0].item()]
     assert first["x"].shape[0] == 2
 
@@ -270,7 +272,7 @@ def test_segments_draw_each_moment_in_its_own_part(videos, monkeypatch):
     monkeypatch.setattr(data, "read_clip", lambda *_, places, **more: drawn.append(places) or torch.zeros(
         8, 3, 48, 64, dtype=torch.uint8))
     samples = layouts.Samples("video", [videos["b_frames.mp4"]], [0], [])
-    items = data.TrainDataset(samples, (32, 32), 8, segments=True)
+    items = data.FinetuneDataset(samples, (32, 32), 8, segments=True)
     for epoch in range(200):
         items[epoch, 0]
     drawn = np.array(drawn)
@@ -299,7 +301,7 @@ def test_views_are_spread_from_the_first_frame_to_the_last(videos):
 def test_one_decode_gives_what_a_decode_per_clip_gives(videos):
     views = data.read_views(videos["open_gop.mp4"], (24, 24), 4, 4, clips=4)
     for c, view in enumerate(views):
-        frames = data.read_clip(videos["open_gop.mp4"], 4, 4, c / 3, short_side=27)
+        frames = video.read_clip(videos["open_gop.mp4"], 4, 4, c / 3, short_side=27)
         assert torch.equal(view, frames[:, :, 1:25, 6:30].transpose(0, 1))  # of 27 x 36
 
 
@@ -312,12 +314,12 @@ def test_three_crops_cover_the_frame(tmp_path, videos, size, rotation):
     views = data.read_views(path, size, 3, 1, clips=2, crops=3)
     assert views.shape == (6, 3, 3, *size)
     scale = max(size[0] / height, size[1] / width)
-    whole = data.read_clip(path, 3, 1, 1, short_side=min(round(height * scale), round(width * scale))).transpose(0, 1)
-    left, centre, right = views[3:]
+    whole = video.read_clip(path, 3, 1, 1, short_side=min(round(height * scale), round(width * scale))).transpose(0, 1)
+    left, center, right = views[3:]
     axis, side = (2, size[0]) if rotation else (3, size[1])
     long = whole.shape[axis]
     assert whole.shape[2:] == (round(height * scale), round(width * scale)) and long <= 3 * side
-    for crop, start in ((left, 0), (centre, (long - side) // 2), (right, long - side)):
+    for crop, start in ((left, 0), (center, (long - side) // 2), (right, long - side)):
         assert torch.equal(crop, whole.narrow(axis, start, side))
 
 
@@ -373,7 +375,7 @@ import multiprocessing, os, signal, sys, time
 sys.path.insert(0, {os.path.dirname(data.__file__)!r})
 import data
 import layouts
-items = data.TrainDataset(layouts.find_samples({str(tmp_path)!r}), (16, 16))
+items = data.PretrainDataset(layouts.find_samples({str(tmp_path)!r}), (16, 16))
 batches = iter(data.make_loader(items, data.EpochBatches(1, 1, 500), 2))
 next(batches), next(batches)  # one from each worker: both have started
 for worker in multiprocessing.active_children():
@@ -415,7 +417,7 @@ def test_synthetic_clips_are_deterministic_and_differ(tmp_path, monkeypatch):
     assert len(layouts.find_samples(tmp_path / "two")) > len(samples) > 0
     for path in samples.paths + layouts.find_samples(tmp_path / "one", "val").paths:
         assert Path(path).read_bytes() == (tmp_path / "two" / os.path.relpath(path, tmp_path / "one")).read_bytes()
-    clip = data.read_clip(samples.paths[0], short_side=None)
+    clip = video.read_clip(samples.paths[0], short_side=None)
     assert clip.shape == (16, 3, 96, 128) and clip.float().std() > 10
     assert (clip[0].float() - clip[8].float()).abs().mean() > 1  # it moves
 
