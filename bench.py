@@ -40,6 +40,7 @@ import data
 import layouts
 import masking
 import mvit
+import video
 import vit
 from models import build_maskfeat
 from engine import loader_workers, param_groups, peak_memory, run_main
