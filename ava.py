@@ -24,7 +24,6 @@ Release: SlowFast's AVA loader, MViT's detection head, the ActivityNet evaluator
 """
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -48,11 +47,12 @@ from tqdm import tqdm
 import data
 import layouts
 import mvit
-import data as video
+import video
 from convert import foreign_recipe, load_weights
 from models import build_classifier
 from tools import synthetic
 from tools.flops import count_flops
+from video import UnreadableFile
 
 CLASSES = 80                 # numbered from 1 in the tables; 60 of them are evaluated
 FIRST, LAST = 902, 1798      # seconds that have boxes
@@ -194,9 +194,10 @@ TABLES = {
 def locate(folder, table, split="", needed=True):
     """Path of a published table in folder/annotations or `folder`. None if it lacks and may."""
     names = [name.format(split) for name in TABLES[table]]
-    for name, place in itertools.product(names, ("annotations", "")):
-        if os.path.isfile(path := os.path.join(folder, place, name)):
-            return path
+    for place in [os.path.join(folder, "annotations"), folder]:
+        for path in [os.path.join(place, name) for name in names]:
+            if os.path.isfile(path):
+                return path
     if needed:
         raise FileNotFoundError(f"{folder} and its annotations/ have no {' or '.join(names)}")
 
@@ -219,27 +220,23 @@ def find_media(folder, split):
 
 
 def parse_row(line, scored):
-    """A line -> (movie, second, (x1, y1, x2, y2) as written, class or -1, score). scored: the last
-    column is the score, not a person. Raises ValueError."""
+    """(movie, second, coordinates as written, class or -1, score) of a line whose last column is a
+    score, or a person. Raises ValueError with the reason if it cannot be used."""
     row = [value.strip() for value in line.split(",")]
     try:
-        for value in row[2:6]:
-            float(value)
+        movie, second, box, label = row[0], int(row[1]), tuple(row[2:6]), int(row[6] or -1)
+        x1, y1, x2, y2 = map(float, box)
         score = float(row[7]) if scored else 1.0
-        return row[0], int(row[1]), tuple(row[2:6]), int(row[6] or -1), score
     except (ValueError, IndexError):
         columns = "video, second, x1, y1, x2, y2, class, score or person"
         raise ValueError(f"not {columns}") from None
-
-
-def fault_of(second, box, label):
-    """What is invalid in a row, or ""."""
-    x1, y1, x2, y2 = map(float, box)
     if not FIRST <= second <= LAST:
-        return f"second outside {FIRST} to {LAST}"
+        raise ValueError(f"second outside {FIRST} to {LAST}")
     if not (x1 <= x2 and y1 <= y2):  # or nan
-        return "box inverted"
-    return "" if label == -1 or 1 <= label <= CLASSES else f"class outside 1 to {CLASSES}"
+        raise ValueError("box inverted")
+    if label != -1 and not 1 <= label <= CLASSES:
+        raise ValueError(f"class outside 1 to {CLASSES}")
+    return movie, second, box, label, score
 
 
 def find_key_frames(recipe, split, print0):
@@ -260,21 +257,18 @@ def find_key_frames(recipe, split, print0):
             for number, line in enumerate(f, 1):
                 try:
                     movie, second, box, label, score = parse_row(line, kind == "predicted")
-                    fault = fault_of(second, box, label)
+                    if score < recipe.box_score:
+                        continue
+                    if movie not in media:
+                        raise ValueError("movie missing (in a test its persons count as missed)")
                 except ValueError as error:
-                    fault = str(error)
-                if not fault and score < recipe.box_score:
-                    continue
-                if not fault and movie not in media:
-                    fault = "movie missing (in a test its persons count as missed)"
-                if fault:
                     where = f"{os.path.basename(path)} line {number}"
-                    left_out.setdefault(fault, []).append(f"{where}: {line.strip()}")
-                else:
-                    labels = frames.setdefault((movie, second), {}).setdefault(box, set())
-                    labels.update({label} - {-1})
-    for fault, rows in left_out.items():
-        print0(f"{split}: {len(rows)} rows left out, {fault}, such as {rows[0]}")
+                    left_out.setdefault(str(error), []).append(f"{where}: {line.strip()}")
+                    continue
+                labels = frames.setdefault((movie, second), {}).setdefault(box, set())
+                labels.update({label} - {-1})
+    for reason, rows in left_out.items():
+        print0(f"{split}: {len(rows)} rows left out, {reason}, such as {rows[0]}")
     if not frames:
         raise ValueError(f"{recipe.data}: no box of its {split} part can be used, with "
                          f"{len(media)} movies")
@@ -302,18 +296,21 @@ def read_clip(media, frame, num_frames, sampling_rate, movie_start, min_size, fo
     """The clip around a key frame, scaled so that it just covers `min_size` (int or (H, W)).
 
     media: path of the movie, or an array of the names of its frames in folder/frames.
-    Returns (T, 3, h, w) uint8 and the original (height, width). Raises video.UnreadableFile.
+    Returns (T, 3, h, w) uint8 and the original (height, width). Raises UnreadableFile.
     """
     offsets = clip_offsets(num_frames, sampling_rate)
-    if isinstance(media, str):
-        times = [frame.second - movie_start + offset / FPS for offset in offsets]
-        return video.read_moments(media, times, min_size), video.picture_size(media)
-    center = (frame.second - FRAMES_START) * FPS
-    if center >= len(media):
-        raise video.UnreadableFile(frame.movie, f"it has {len(media)} frames, and second "
-                                   f"{frame.second} is frame {center}")
-    names = [media[min(max(center + offset, 0), len(media) - 1)].decode() for offset in offsets]
-    images = [video.read_image(os.path.join(folder, "frames", name)) for name in names]
+    try:
+        if isinstance(media, str):
+            times = [frame.second - movie_start + offset / FPS for offset in offsets]
+            return video.read_moments(media, times, min_size), video.picture_size(media)
+        center = (frame.second - FRAMES_START) * FPS
+        if center >= len(media):
+            raise UnreadableFile("frames", f"number {center} is wanted of {len(media)}")
+        names = [media[min(max(center + offset, 0), len(media) - 1)].decode() for offset in offsets]
+        images = [video.read_image(os.path.join(folder, "frames", name)) for name in names]
+    except UnreadableFile as error:
+        start = f"--movie-start {movie_start:g}"
+        raise UnreadableFile(f"{frame.movie} at second {frame.second}", f"{error} ({start})") from error
     W, H = images[0].size
     h, w = (min_size, min_size) if isinstance(min_size, int) else min_size
     scale = max(h / H, w / W)
@@ -334,31 +331,30 @@ class Clips(torch.utils.data.Dataset):
 
     def __init__(self, frames, media, recipe, view):
         self.frames, self.media, self.recipe, self.view = frames, media, recipe, view
+        self.item_bytes = 3 * recipe.num_frames * math.prod(recipe.image_size)
 
     def __len__(self):
         return len(self.frames)
 
     def __getitem__(self, key):
-        epoch, index = key if self.view == "train" else (0, key)
-        rng, place, unreadable = data.sample_rng(self.recipe.seed, epoch, index), index, []
-        for _ in range(data.ATTEMPTS if self.view == "train" else 1):
-            frame = self.frames[place]
-            try:
-                return {**self.sample(frame, rng), "index": index, "unreadable": unreadable}
-            except video.UnreadableFile as error:
-                unreadable.append((f"{frame.movie} at second {frame.second}", str(error)))
-                place = (place + 1 + rng.randrange(max(len(self) - 1, 1))) % len(self)
         if self.view == "train":
-            raise ValueError(f"{len(unreadable)} clips in a row are unreadable (movies cut at "
-                             f"second 900 need --movie-start 900): {unreadable}")
-        return {"index": index, "unreadable": unreadable}
+            epoch, index = key
+            rng = data.sample_rng(self.recipe.seed, epoch, index)
+            item, _, unreadable = data.read_or_replace(
+                lambda i: self.sample(self.frames[i], rng), index, len(self), rng)
+            return {**item, "index": index, "unreadable": unreadable}
+        try:
+            return {**self.sample(self.frames[key]), "index": key, "unreadable": []}
+        except UnreadableFile as error:
+            return {"index": key, "unreadable": [(error.path, error.reason)]}
 
-    def sample(self, frame, rng):
+    def sample(self, frame, rng=None):
         r, (H, W) = self.recipe, self.recipe.image_size
-        min_size = {"center": (H, W), "full": min(H, W),
-                    "train": round(1 / rng.uniform(1 / r.jitter[1], 1 / r.jitter[0]))}[self.view]
+        min_size = (H, W) if self.view == "center" else min(H, W)
+        if self.view == "train":
+            min_size = round(1 / rng.uniform(1 / r.jitter[1], 1 / r.jitter[0]))
         x, picture = read_clip(self.media[frame.movie], frame, r.num_frames, r.sampling_rate,
-                               r.movie_start, min_size, r.data)                # (T, 3, h, w)
+                               r.movie_start, min_size, r.data)       # (T, 3, h, w)
         h, w = x.shape[2:]
         top, left, flip = 0, 0, False
         if self.view == "full":
@@ -368,9 +364,9 @@ class Clips(torch.utils.data.Dataset):
         else:
             top, left = rng.randint(0, h - H), rng.randint(0, w - W)
             flip = rng.random() < r.flip
-        x = x[:, :, top:top + H, left:left + W].transpose(0, 1)                # (3, T, H, W)
+        x = x[:, :, top:top + H, left:left + W].transpose(0, 1)       # (3, T, H, W)
         boxes = transform_boxes(frame.boxes, picture, (h, w), (top, left, H, W), flip,
-                                r.box_per_axis)                                # (n, 4)
+                                r.box_per_axis)                       # (n, 4)
         keep = np.ones(len(boxes), bool)
         if self.view == "train" and r.drop_empty:
             keep = (boxes[:, :2] < boxes[:, 2:]).all(axis=1)
@@ -613,16 +609,18 @@ ROW = np.dtype([("key", object),      # "movie,second" with four digits
 
 
 def read_boxes(path, scored=False):
-    """All rows of a table as an array of ROW, valid or not: so the official evaluator counts."""
+    """All rows of a table as an array of ROW, usable or not: the official evaluator counts them."""
     rows = []
     with open(path) as f:
         for number, line in enumerate(f, 1):
+            row = line.split(",")
             try:
-                movie, second, box, label, score = parse_row(line, scored)
-                x1, y1, x2, y2 = map(float, box)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {line.strip()!r} is {error}") from None
-            rows.append((f"{movie},{second:04d}", (x1, y1, x2, y2), label, score))
+                x1, y1, x2, y2 = map(float, row[2:6])
+                key, score = f"{row[0]},{int(row[1]):04d}", float(row[7]) if scored else 0.0
+                rows.append((key, (x1, y1, x2, y2), int(row[6]), score))
+            except (ValueError, IndexError):
+                raise ValueError(f"{path}, line {number}: {line.strip()!r} is not video, second, "
+                                 "x1, y1, x2, y2, class, score or person") from None
     return np.array(rows, ROW)
 
 
