@@ -5,22 +5,18 @@
     torchrun --nproc_per_node=8 ava.py --data ava/ --eval out/ava/last.pt --view full --draw a.png
     python ava.py --model mvitv2_l --expand attn --dry-run
 
-A separate detector finds the persons. The model encodes the clip around a key frame and averages
-its features over time. RoIAlign cuts out each box, and a linear layer gives one logit per action.
+The boxes of persons come from a separate detector. The model encodes the clip around a key frame.
+RoIAlign cuts each box out of the features, and a linear layer gives one logit per action.
 
---data DIR: the published tables (see TABLES) are in DIR/annotations or DIR. The movies are
-DIR/videos/**/NAME.* (if cut at second 900, add --movie-start 900). Or the frames are in DIR/frames,
-and their lists in DIR/frame_lists.
-
-Writes OUT/last.pt, log.jsonl, last_{center,full}.csv (for the official evaluator) and .json,
-last.png.
+--data DIR has the published TABLES in DIR/annotations or DIR, and the movies, DIR/videos/**/NAME.*
+(with --movie-start 900 if cut there), or their frames in DIR/frames and DIR/frame_lists.
+Writes OUT/last.pt, log.jsonl, last_{center,full}.csv (for the official evaluator), .json, last.png.
 
 Release: SlowFast's AVA loader, MViT's detection head, the ActivityNet evaluator. Differences:
-- Boxes that a crop leaves empty are dropped. Release: --no-drop-empty.
-- A box is scaled along each axis as the picture is. Release, by the longer side: --no-box-per-axis.
+- Boxes that a crop leaves empty are dropped (release: --no-drop-empty).
+- Boxes are scaled along each axis as the picture is (release: --no-box-per-axis).
 - The loss is the mean over all boxes of a batch. The release averages the means of its GPUs.
-- The stride of RoIAlign is that of the features, 32. The release's default is 16, which puts every
-  box at twice its place.
+- The features' stride is their own, 32. The release's default of 16 doubles all coordinates.
 """
 import dataclasses
 import hashlib
@@ -56,21 +52,21 @@ from video import UnreadableFile
 
 CLASSES = 80                 # numbered from 1 in the tables; 60 of them are evaluated
 FIRST, LAST = 902, 1798      # seconds that have boxes
-FRAMES_START, FPS = 900, 30  # second of the first frame in DIR/frames, and frames per second
+FRAMES_START, FPS = 900, 30  # second of the first frame in DIR/frames, frames per second
 STARTS = ("out/finetune/last.pt", "out/pretrain/last.pt")
 
 
 # ---------------------------------------------------------------------------------------- recipes
 # The paper's AVA recipe is in its appendix, which is not public to us. The large rows are those of
-# MViTv1 and MViTv2, the last one is VideoMAE's. The rest is as in MaskFeat's fine-tuning.
+# MViTv1 and MViTv2, and the last one is VideoMAE's. The rest is as in MaskFeat's fine-tuning.
 
 @dataclass(frozen=True)
 class Recipe:
     # model and input
     model: str = option("mvitv2_l", "encoder", tuple(mvit.MODELS))
     init: str = option("auto", f"checkpoint to start from; auto: {' or '.join(STARTS)}; '': none")
-    image_size: tuple = option((312, 312), "height and width of training crops and center view")
-    num_frames: int = option(40, "frames per clip", alias="--frames")         # Table 4: 40x3, 312
+    image_size: tuple = option((312, 312), "height and width of crops")      # Table 4: 312, 40x3
+    num_frames: int = option(40, "frames per clip", alias="--frames")
     sampling_rate: int = option(3, "stride between frames, at 30 fps")
     expand: str = option("mlp", "where MViT widens", ("mlp", "attn"))
     drop_path: float = option(0.4, "stochastic depth rate at the last block")             # MViT
@@ -83,13 +79,12 @@ class Recipe:
     predicted: bool = option(True, "train on predicted boxes, too")
     drop_empty: bool = option(True, "drop training boxes that the crop leaves empty")
     box_per_axis: bool = option(True, "scale boxes per axis, else by the longer side's ratio")
-    # The release takes 256 to 320 for crops of 224. This range has the same proportion to 312.
-    jitter: tuple = option((356, 446), "range of the picture's shorter side in training")
+    jitter: tuple = option((356, 446), "range of the shorter side in training")  # as 256-320 to 224
     flip: float = option(0.5, "probability of a horizontal flip")
     # optimization
-    optimizer: str = option("sgd", "adamw, or sgd with Nesterov momentum", ("adamw", "sgd"))
+    optimizer: str = option("sgd", "with momentum 0.9, or adamw", ("adamw", "sgd"))
     epochs: int = option(30, "passes over the key frames")
-    batch_size: int = option(512, "clips per update, by default at most 1/16 of the key frames")
+    batch_size: int = option(512, "clips per update over all GPUs, at most 1/16 of all")
     lr: float = option(0.6, "peak learning rate at lr_batch clips per update")
     lr_batch: int = option(512, "batch that the three learning rates belong to")
     warmup_epochs: float = option(5.0, "epochs of linear warm-up")
@@ -101,28 +96,26 @@ class Recipe:
     clip_grad: float = option(5.0, "largest total gradient norm, 0: no clipping")
     seed: int = option(0, "of everything random")
     # testing
-    view: str = option("center", "of a test: center crop or full picture", ("center", "full"))
-    match: str = option("file", "match boxes in file order (official) or best score first",
+    view: str = option("center", "center crop, or the full picture", ("center", "full"))
+    match: str = option("file", "match boxes in file order, as officially, or best score first",
                         ("file", "score"))
     val_epochs: int = option(5, "epochs between tests on every fourth second, 0: never")
+    baseline: bool = option(False, "also test the untrained head")
+    eval: str = option("", "checkpoint to test, without training")
+    draw: str = option("", "with --eval: picture to write")
     # the run
-    data: str = option("", "folder with the data, by default synthetic movies")
-    movie_start: float = option(0.0, "second of the movie at which the files in videos/ begin")
+    data: str = option("", "folder with the data; without one, movies are made in data/")
+    movie_start: float = option(0.0, "second at which the files in DIR/videos begin")
     out: str = option("out/ava", "folder for checkpoint, log and results")
     resume: bool = option(False, "go on from OUT/last.pt if there is one")
-    baseline: bool = option(False, "also test the untrained head")
-    device_batch: int = option(1, "most clips per GPU and forward pass, the rest is accumulated")
-    amp: str = option("auto", "precision; auto: bf16 or fp16 on a GPU, else fp32",
-                      ("auto", "fp32", "bf16", "fp16"))
+    device_batch: int = option(1, "most clips per GPU and forward pass")
+    amp: str = option("auto", "precision", ("auto", "fp32", "bf16", "fp16"))
     compile: str = option("auto", "torch.compile; auto: on a GPU", ("auto", "on", "off"))
     checkpointing: bool = option(True, "recompute activations: less memory, a third more time")
-    workers: int = option(-1, "loader processes per GPU, -1: by the number of cores")
-    save_minutes: float = option(15.0, "minutes between checkpoints, besides one per epoch")
+    workers: int = option(-1, "loader processes per GPU; -1: one per CPU core")
+    save_minutes: float = option(15.0, "minutes between checkpoints; one per epoch as well")
     log_every: int = option(10, "steps between lines of the log, after the first ten")
-    # instead of training
-    eval: str = option("", "checkpoint to test")
-    draw: str = option("", "with --eval: picture of key frames, boxes and classes to write")
-    dry_run: bool = option(False, "print FLOPs, and memory and time of a step on a GPU")
+    dry_run: bool = option(False, "print FLOPs, and on a GPU memory and time of a step")
 
 
 AVA = Recipe()  # MViTv1, MViTv2: SGD, 0.6 at 512, 30 epochs, drop path 0.4
@@ -140,7 +133,7 @@ RECIPES = {
         AVA, optimizer="adamw", predicted=False, lr=5e-4, lr_batch=256, batch_size=128,
         weight_decay=0.05, epochs=20, drop_path=0.2, layer_decay=0.8),
 }
-# What may change when a run is resumed: where and how it runs, and how it is tested.
+# What may change when a run is resumed.
 RUN_FIELDS = {
     "data", "out", "init", "resume", "baseline", "device_batch", "amp", "compile", "checkpointing",
     "workers", "save_minutes", "log_every", "movie_start", "view", "match", "val_epochs", "eval",
@@ -151,16 +144,15 @@ MODEL_FIELDS = ("model", "image_size", "num_frames", "sampling_rate", "expand", 
 
 
 def check(recipe):
-    """Raise ValueError for flags that contradict each other, before anything is built."""
+    """Raise ValueError for flags out of range or in contradiction."""
     engine.check_numbers(
-        recipe, positive=("epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every",
-                          "sampling_rate", "layer_decay"),
-        not_negative=("clip_grad", "val_epochs", "warmup_epochs", "movie_start"),
+        recipe, not_negative=("clip_grad", "val_epochs", "warmup_epochs", "movie_start"),
+        positive=("epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every",
+                  "sampling_rate", "layer_decay"),
         shares=("drop_path", "dropout", "flip", "box_score"))
-    training = not (recipe.eval or recipe.dry_run)
-    if training and not max(recipe.image_size) <= recipe.jitter[0] <= recipe.jitter[1]:
-        raise ValueError(f"jitter={recipe.jitter} is not an increasing range from the crop's "
-                         f"{max(recipe.image_size)} pixels: set --jitter with --image-size")
+    if not max(recipe.image_size) <= recipe.jitter[0] <= recipe.jitter[1]:
+        raise ValueError(f"jitter={recipe.jitter} is no range from image_size={recipe.image_size} "
+                         "up: set --jitter with --image-size")
     if recipe.draw and not recipe.eval:
         raise ValueError(f"--draw {recipe.draw} needs --eval CKPT")
 
@@ -173,10 +165,6 @@ class KeyFrame(NamedTuple):
     second: int
     boxes: np.ndarray    # (n, 4) float64: x1, y1, x2, y2 in fractions of width and height
     targets: np.ndarray  # (n, 80) bool
-
-    @property
-    def key(self):
-        return f"{self.movie},{self.second:04d}"
 
 
 DETECTED = "person_box_67091280_iou90/ava_detection_{0}_boxes_and_labels"
@@ -215,7 +203,7 @@ def find_media(folder, split):
         for line in f:
             movie, _, _, path, *_ = line.split(" ")
             frames.setdefault(movie, []).append(path.encode())
-    # Millions of paths: workers share arrays of bytes without a copy.
+    # Millions of paths: arrays of bytes, which workers share without a copy.
     return {movie: np.array(sorted(paths)) for movie, paths in frames.items()}
 
 
@@ -242,16 +230,16 @@ def parse_row(line, scored):
 def find_key_frames(recipe, split, print0):
     """(the key frames of a split that have boxes, {movie: its media}).
 
-    Training takes the true boxes, and predicted ones from recipe.box_score up. Validation takes
-    predicted ones. Boxes whose coordinates are written alike are one box (release). A box without
-    class is a person with none of the actions. Rows that cannot be used are counted and shown.
+    Training takes true boxes, and predicted ones from recipe.box_score up. Validation takes the
+    latter. Coordinates that are written alike are one box (release). A box without class is a
+    person with no action. Rows that cannot be used are counted, and one is shown.
     """
     media, frames, left_out = find_media(recipe.data, split), {}, {}
     kinds = ["truth"] * (split == "train") + ["predicted"] * (split == "val" or recipe.predicted)
     for kind in kinds:
-        path = locate(recipe.data, kind, split, needed=(kind, split) != ("predicted", "train"))
+        path = locate(recipe.data, kind, split, needed=kinds[0] == kind)
         if path is None:
-            print0(f"{recipe.data}: no predicted boxes for training, only true ones are used")
+            print0(f"{recipe.data} has no predicted boxes for training: only true ones are used")
             continue
         with open(path) as f:
             for number, line in enumerate(f, 1):
@@ -270,16 +258,16 @@ def find_key_frames(recipe, split, print0):
     for reason, rows in left_out.items():
         print0(f"{split}: {len(rows)} rows left out, {reason}, such as {rows[0]}")
     if not frames:
-        raise ValueError(f"{recipe.data}: no box of its {split} part can be used, with "
-                         f"{len(media)} movies")
+        raise ValueError(f"{recipe.data}: no box of its {split} part and {len(media)} movies is "
+                         "of use")
+    classes = range(1, CLASSES + 1)
     return [KeyFrame(*key, np.array(list(boxes), float),
-                     np.array([[c in labels for c in range(1, CLASSES + 1)]
-                               for labels in boxes.values()]))
+                     np.array([[c in labels for c in classes] for labels in boxes.values()]))
             for key, boxes in frames.items()], media
 
 
 def fingerprint_of(frames):
-    """Hex digest of key frames, boxes and labels. It tells a resumed run that its data changed."""
+    """A hex digest, by which a resumed run knows its data."""
     digest = hashlib.sha256()
     for f in frames:
         digest.update(f"{f.movie},{f.second}".encode() + f.boxes.tobytes() + f.targets.tobytes())
@@ -306,11 +294,12 @@ def read_clip(media, frame, num_frames, sampling_rate, movie_start, min_size, fo
         center = (frame.second - FRAMES_START) * FPS
         if center >= len(media):
             raise UnreadableFile("frames", f"number {center} is wanted of {len(media)}")
-        names = [media[min(max(center + offset, 0), len(media) - 1)].decode() for offset in offsets]
-        images = [video.read_image(os.path.join(folder, "frames", name)) for name in names]
+        names = media[np.clip(center + np.array(offsets), 0, len(media) - 1)]
+        images = [video.read_image(os.path.join(folder, "frames", str(name, "utf8")))
+                  for name in names]
     except UnreadableFile as error:
-        start = f"--movie-start {movie_start:g}"
-        raise UnreadableFile(f"{frame.movie} at second {frame.second}", f"{error} ({start})") from error
+        raise UnreadableFile(f"{frame.movie} at second {frame.second}",
+                             f"{error} (--movie-start {movie_start:g})") from error
     W, H = images[0].size
     h, w = (min_size, min_size) if isinstance(min_size, int) else min_size
     scale = max(h / H, w / W)
@@ -320,12 +309,11 @@ def read_clip(media, frame, num_frames, sampling_rate, movie_start, min_size, fo
 
 
 class Clips(torch.utils.data.Dataset):
-    """Clips with boxes. Indexed by (epoch, index) if view="train", else by index.
+    """Clips and boxes, indexed by (epoch, index) in training, else by index.
 
-    view: "train" (random size in recipe.jitter, crop and flip), "center" (the shorter side is the
-    crop's) or "full" (no crop).
+    view: "train" (random size in recipe.jitter, crop and flip), "center" (crop) or "full".
     An item is a dict of "x" uint8 (3, T, h, w), "boxes" float32 (n, 4) in pixels of x, "targets"
-    float32 (n, 80), "index", and "unreadable", a list of (name, reason). In training another clip
+    float32 (n, 80), "index" and "unreadable", a list of (name, reason). In training another clip
     replaces an unreadable one. In a test its item has the last two entries only.
     """
 
@@ -356,12 +344,10 @@ class Clips(torch.utils.data.Dataset):
         x, picture = read_clip(self.media[frame.movie], frame, r.num_frames, r.sampling_rate,
                                r.movie_start, min_size, r.data)       # (T, 3, h, w)
         h, w = x.shape[2:]
-        top, left, flip = 0, 0, False
+        top, left, flip = math.ceil((h - H) / 2), math.ceil((w - W) / 2), False
         if self.view == "full":
-            H, W = h, w
-        elif self.view == "center":
-            top, left = math.ceil((h - H) / 2), math.ceil((w - W) / 2)
-        else:
+            top, left, H, W = 0, 0, h, w
+        elif self.view == "train":
             top, left = rng.randint(0, h - H), rng.randint(0, w - W)
             flip = rng.random() < r.flip
         x = x[:, :, top:top + H, left:left + W].transpose(0, 1)       # (3, T, H, W)
@@ -381,6 +367,13 @@ def collate(items):
     return {"x": torch.stack([item["x"] for item in items]), "rois": torch.cat(rois),
             "targets": torch.cat([item["targets"] for item in items]),
             "unreadable": [entry for item in items for entry in item["unreadable"]]}
+
+
+def make_loader(clips, batches, device, collate):
+    """A loader with a generator of its own: otherwise each start would draw from the model's."""
+    workers = engine.loader_workers(clips.recipe.workers, device)
+    return data.make_loader(clips, batches, workers, device.type == "cuda", torch.Generator(),
+                            collate)
 
 
 # ------------------------------------------------------------------------------------------ boxes
@@ -490,8 +483,7 @@ def build(recipe):
 
 
 def start_weights(detector, recipe, print0):
-    """Load --init, which must be of the same model, and scale the head if it is new. Returns the
-    path, or ""."""
+    """Load --init, a checkpoint of the same model. Make the weights of a new head small."""
     path, new = recipe.init, ["head"]
     if path == "auto":
         path = next(filter(os.path.isfile, STARTS), None)
@@ -502,15 +494,13 @@ def start_weights(detector, recipe, print0):
         stored = foreign_recipe(engine.read_checkpoint(path))
         for key in ("model", "expand"):
             if stored.get(key, getattr(recipe, key)) != getattr(recipe, key):
-                raise ValueError(f"--init: {path} has another {key}: add --{key} {stored[key]}, or "
-                                 "choose another checkpoint")
+                raise ValueError(f"--init {path} has another {key}: add --{key} {stored[key]}")
         new = load_weights(detector.model, path, verbose=False)["fresh"]
-        print0(f"starting from {path}, new weights: {', '.join(new) or 'none'}")
+    print0(f"starting from {path or 'scratch'}, new weights: {', '.join(new) or 'none'}")
     if any(name.startswith("head") for name in new):
         with torch.no_grad():
             for p in detector.model.head.parameters():
                 p.mul_(recipe.head_init_scale)
-    return path
 
 
 # ------------------------------------------------------------------------------------------ train
@@ -519,7 +509,6 @@ def train(name, recipe, overrides, rank, world, device, print0):
     """Train, with a test every few epochs and at the end."""
     frames, media = find_key_frames(recipe, "train", print0)
     val = find_key_frames(recipe, "val", print0)
-    read_actions(recipe.data), read_boxes(locate(recipe.data, "truth", "val"))  # fail now, not then
     batch_size, accumulate = engine.plan_batch(
         recipe, len(frames), world, "batch_size" in overrides)
     recipe = replace(recipe, batch_size=batch_size)
@@ -530,25 +519,24 @@ def train(name, recipe, overrides, rank, world, device, print0):
     checkpoint = engine.find_checkpoint(recipe)
     engine.seed_all(recipe.seed)
     detector = build(recipe)
-    init = None if checkpoint else start_weights(detector, recipe, print0)
+    if not checkpoint:
+        start_weights(detector, recipe, print0)
     detector.to(device)
     amp, autocast, scaler = engine.mixed_precision(recipe.amp, device)
     optimizer = engine.make_optimizer(detector.model, recipe)
     test = partial(run_test, detector, recipe, *val, print0)
-    untrained = checkpoint["untrained"] if checkpoint else {}
+    untrained = checkpoint.get("untrained", {}) if checkpoint else {}
     if recipe.baseline and not checkpoint:
         untrained = {view: test(view)["mAP"] for view in ("center", "full")}
-    labeled = np.concatenate([frame.targets.any(axis=1) for frame in frames])
     print0(f"recipe {name}: "
            + ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(recipe).items()))
     print0(f"{len(frames)} key frames of {len({frame.movie for frame in frames})} movies to train, "
-           f"{len(labeled)} boxes, {labeled.sum()} labeled; {len(val[0])} key frames to test; "
+           f"{sum(len(frame.boxes) for frame in frames)} boxes; {len(val[0])} key frames to test; "
            f"{steps_per_epoch} steps per epoch, {recipe.epochs * steps_per_epoch} steps")
     print0(f"batch {batch_size} = {world} processes x {device_batch} clips x {accumulate} "
            f"accumulated; peak lr {recipe.lr:g} x {batch_size}/{recipe.lr_batch} = "
            f"{recipe.lr * batch_size / recipe.lr_batch:g}; {amp} on {device}; boxes on a grid of "
-           f"stride {detector.model.patch_stride[-1]}; "
-           f"{'resumed' if checkpoint else 'from ' + (init or 'scratch')}")
+           f"stride {detector.model.patch_stride[-1]}")
     run = engine.Run(
         recipe, detector.model, optimizer, scaler, steps_per_epoch=steps_per_epoch, device=device,
         fingerprint=fingerprint_of(frames), num_files=len(frames), unit="clip",
@@ -556,9 +544,7 @@ def train(name, recipe, overrides, rank, world, device, print0):
         extra={"untrained": untrained, "recipe": model_recipe(recipe)})
     batches = data.EpochBatches(len(frames), batch_size, recipe.epochs, recipe.seed, rank, world,
                                 device_batch, run.step)
-    loader = iter(data.make_loader(
-        Clips(frames, media, recipe, "train"), batches,
-        engine.loader_workers(recipe.workers, device), device.type == "cuda", collate=collate))
+    loader = iter(make_loader(Clips(frames, media, recipe, "train"), batches, device, collate))
     trained = Detector(detector.model)  # a second one, since tests take other sizes: not compiled
     if engine.should_compile(recipe.compile, device, print0):
         trained.feature_map = torch.compile(trained.feature_map)  # the number of boxes varies
@@ -591,11 +577,11 @@ def train(name, recipe, overrides, rank, world, device, print0):
             trained.train()
             run.restart_clock()
     run.finish()
-    print0(f"wrote {run.checkpoint_path}, {run.log_path}")
     stem = run.checkpoint_path.removesuffix(".pt")
     tested = {view: test(view, stem=stem) for view in ("center", "full")}
     if rank == 0:
-        print0("wrote " + draw_detections(tested["center"], val[1], recipe, stem + ".png"))
+        draw_detections(tested["center"], val[1], recipe, stem + ".png")
+    print0(f"wrote {run.checkpoint_path}, {run.log_path}, {stem}.png")
     for view, results in tested.items():
         print0(f"{view} view: mAP@0.5 {percent(results['mAP'])}"
                + (f", of the untrained head {percent(untrained[view])}" if untrained else ""))
@@ -635,35 +621,28 @@ def read_label_map(path):
 
 def read_excluded(path):
     """Keys of the timestamps that do not count. path: None if there are none."""
-    if path is None:
-        return set()
-    with open(path) as f:
-        rows = [line.strip().split(",") for line in f if line.strip()]
+    rows = []
+    if path:
+        with open(path) as f:
+            rows = [line.split(",") for line in f if line.strip()]
     return {f"{movie},{int(second):04d}" for movie, second in rows}
 
 
-def places_by_key(rows):
-    """{key: indices of its rows, in order}."""
-    places = {}
-    for i, key in enumerate(rows["key"]):
-        places.setdefault(key, []).append(i)
-    return places
-
-
 def match_boxes(truth, found, threshold):
-    """Which of the found rows of a class hit a true one: (n,) bool.
+    """Which of the found boxes of a class hit a true one: (n,) bool.
 
     A found box is compared only with the true box of its key that it overlaps most. It misses if
     they overlap less than the threshold, or if an earlier one has hit that box.
     """
-    hit, true_places = np.zeros(len(found), bool), places_by_key(truth)
-    for key, places in places_by_key(found).items():
-        if key not in true_places:
-            continue
-        iou, used = box_iou(found["box"][places], truth["box"][true_places[key]]), set()
-        for place, best, overlap in zip(places, iou.argmax(axis=1), iou.max(axis=1)):
-            hit[place] = overlap >= threshold and best not in used
-            if hit[place]:
+    places, hit, used = {}, np.zeros(len(found), bool), set()
+    for place, key in enumerate(truth["key"]):
+        places.setdefault(key, []).append(place)
+    for i, (key, box) in enumerate(zip(found["key"], found["box"])):
+        if key in places:
+            iou = box_iou(box[None], truth["box"][places[key]])[0]
+            best = places[key][iou.argmax()]
+            hit[i] = iou.max() >= threshold and best not in used
+            if hit[i]:
                 used.add(best)
     return hit
 
@@ -694,13 +673,9 @@ def average_precisions(truth, found, classes, excluded=(), match="file", thresho
 
 # ------------------------------------------------------------------------------------------- test
 
-def read_actions(folder):
-    return read_label_map(locate(folder, "actions"))
-
-
 @torch.no_grad()
 def detect(detector, frames, media, recipe, view):
-    """Scores of every box of every key frame. The ranks share the key frames.
+    """Scores of every box. Each rank does its share of the key frames.
 
     Returns, on all ranks: a list of (n, 80) float32 arrays, None for an unreadable clip, and the
     sorted (name, reason) of these. The batches do not depend on the number of ranks.
@@ -710,11 +685,7 @@ def detect(detector, frames, media, recipe, view):
     _, autocast, _ = engine.mixed_precision(recipe.amp, device)
     size = 1 if view == "full" else recipe.device_batch  # full pictures differ in shape
     groups = [range(len(frames))[i:i + size] for i in range(0, len(frames), size)]
-    # A DataLoader draws a seed: with a generator of its own, the training's is left alone.
-    loader = data.make_loader(
-        Clips(frames, media, recipe, view), groups[rank::world],
-        engine.loader_workers(recipe.workers, device), device.type == "cuda", torch.Generator(),
-        collate=list)
+    loader = make_loader(Clips(frames, media, recipe, view), groups[rank::world], device, list)
     scores, unreadable = [], []
     for items in tqdm(loader, desc=f"{view} view", disable=rank > 0, leave=False):
         unreadable += [entry for item in items for entry in item["unreadable"]]
@@ -731,29 +702,27 @@ def detect(detector, frames, media, recipe, view):
 
 
 def to_rows(frames, scores, classes):
-    """An array of ROW for every listed class of every box that has scores, in their order."""
-    read = [(f, s) for f, s in zip(frames, scores) if s is not None]
-    counts = [len(s) * len(classes) for _, s in read]
-    rows = np.zeros(sum(counts), ROW)
-    if counts:
-        rows["key"] = np.repeat([f.key for f, _ in read], counts)
-        rows["box"] = np.concatenate([f.boxes for f, _ in read]).repeat(len(classes), axis=0)
-        rows["label"] = np.resize(list(classes), len(rows))
-        columns = [label - 1 for label in classes]
-        rows["score"] = np.concatenate([s[:, columns].ravel() for _, s in read])
-    return rows
+    """An array of ROW: every listed class of every box that has scores."""
+    parts, columns = [np.zeros(0, ROW)], [label - 1 for label in classes]
+    for frame, frame_scores in zip(frames, scores):
+        if frame_scores is not None:
+            part = np.zeros((len(frame.boxes), len(classes)), ROW)
+            part["key"] = f"{frame.movie},{frame.second:04d}"
+            part["box"], part["label"] = frame.boxes[:, None], list(classes)
+            part["score"] = frame_scores[:, columns]
+            parts.append(part.ravel())
+    return np.concatenate(parts)
 
 
 def evaluate(recipe, frames, scores, unreadable, view, every, stem):
-    """The results of a test as a dict. With a stem, write STEM_<view>.csv and .json."""
-    names = read_actions(recipe.data)
-    found = to_rows(frames, scores, names)
-    truth = read_boxes(locate(recipe.data, "truth", "val"))
+    """The results of a test, a dict for json. With a stem, write STEM_<view>.csv and .json."""
+    names = read_label_map(locate(recipe.data, "actions"))
+    found, truth = to_rows(frames, scores, names), read_boxes(locate(recipe.data, "truth", "val"))
     truth = truth[[int(key[-4:]) % every == 0 for key in truth["key"]]]
     excluded = read_excluded(locate(recipe.data, "excluded", "val", needed=False))
+    counted = truth["label"][[key not in excluded for key in truth["key"]]]
     precisions = average_precisions(truth, found, names, excluded, recipe.match)
     known = {label: value for label, value in precisions.items() if not math.isnan(value)}
-    counted = truth["label"][[key not in excluded for key in truth["key"]]]
     results = {
         "view": view, "match": recipe.match,
         "mAP": float(np.mean(list(known.values()))) if known else None,
@@ -762,10 +731,9 @@ def evaluate(recipe, frames, scores, unreadable, view, every, stem):
         "key_frames": len(frames), "boxes": sum(len(s) for s in scores if s is not None),
         "unreadable": [list(entry) for entry in unreadable]}
     if stem:
-        with open(f"{stem}_{view}.csv", "w") as f:  # nine digits tell any float32
-            f.writelines(f"{key},{','.join(map(str, box))},{label},{score:.9g}\n"
-                         for key, box, label, score in
-                         zip(*(found[name].tolist() for name in ROW.names)))
+        with open(f"{stem}_{view}.csv", "w") as f:
+            for key, box, label, score in found:  # nine digits tell any float32
+                f.write(f"{key},{','.join(map(str, box))},{label},{score:.9g}\n")
         with open(f"{stem}_{view}.json", "w") as f:
             json.dump(results, f, indent=1)
     return results
@@ -780,8 +748,17 @@ def run_test(detector, recipe, frames, media, print0, view, every=1, stem=""):
     frames = [frame for frame in frames if frame.second % every == 0]
     scores, unreadable = detect(detector.eval(), frames, media, recipe, view)
     results = engine.from_rank0(evaluate, recipe, frames, scores, unreadable, view, every, stem)
-    describe(results, every, print0)
+    classes = [(value, count, name) for name, (value, count) in results["per_class"].items()
+               if value is not None]
+    order = "file order, as officially" if recipe.match == "file" else "order of their scores"
+    print0(f"{view} view, {results['boxes']} boxes in {len(frames)} key frames"
+           f"{f' (every {every}th second)' if every > 1 else ''}: mAP@0.5 "
+           f"{percent(results['mAP'])} over {len(classes)} classes, matched in {order}")
+    for name, reason in unreadable:
+        print0(f"unreadable, its persons count as missed: {name}: {reason}")
     if stem:
+        for value, count, name in sorted(classes, reverse=True):
+            print0(f"{percent(value):>8}  {name}, of {count}")
         print0(f"wrote {stem}_{view}.csv, {stem}_{view}.json")
     return {**results, "frames": frames, "scores": scores}
 
@@ -790,54 +767,39 @@ def percent(share):
     return "unknown" if share is None else f"{100 * share:.2f}"
 
 
-def describe(results, every, print0):
-    """Print the results of a test; the single classes only of a whole one."""
-    classes = [(value, count, name) for name, (value, count) in results["per_class"].items()
-               if value is not None]
-    print0(f"{results['view']} view, {results['boxes']} boxes in {results['key_frames']} key frames"
-           f"{f' (every {every}th second)' if every > 1 else ''}: mAP@0.5 "
-           f"{percent(results['mAP'])} over {len(classes)} classes, matched in "
-           + ("file order (official)" if results["match"] == "file" else "order of their scores"))
-    for value, count, name in sorted(classes, reverse=True) if every == 1 else []:
-        print0(f"{100 * value:8.2f}  {name}, of {count}")
-    for name, reason in results["unreadable"]:
-        print0(f"unreadable, its persons count as missed: {name}: {reason}")
-
-
 def draw_detections(results, media, recipe, path, count=6, height=240):
-    """Write a picture of `count` of the tested key frames. Returns its path.
+    """Write a picture of `count` of the tested key frames.
 
     White: true boxes. Color: the classified boxes with their two best classes, green if a true box
     of an IoU of 0.5 or more has the class, else orange.
     """
-    names, truth = read_actions(recipe.data), read_boxes(locate(recipe.data, "truth", "val"))
+    names = read_label_map(locate(recipe.data, "actions"))
+    truth = read_boxes(locate(recipe.data, "truth", "val"))
     read = [(f, s) for f, s in zip(results["frames"], results["scores"]) if s is not None]
-    read, font, pictures = read[::max(len(read) // count, 1)][:count], ImageFont.load_default(13), []
+    read, pictures = read[::max(len(read) // count, 1)][:count], []
+    style = {"font": ImageFont.load_default(13), "stroke_width": 2, "stroke_fill": "black"}
     for frame, scores in read:
         x, _ = read_clip(media[frame.movie], frame, 1, 1, recipe.movie_start, height, recipe.data)
         picture = Image.fromarray(x[0].permute(1, 2, 0).numpy())
         pen, size = ImageDraw.Draw(picture), np.array(picture.size * 2)
-        true = truth[truth["key"] == frame.key]
+        true = truth[truth["key"] == f"{frame.movie},{frame.second:04d}"]
         for box in true["box"]:
             pen.rectangle((box * size).tolist(), outline="white")
         for box, row in zip(frame.boxes, scores):
             right = set(true["label"][box_iou(true["box"], box[None])[:, 0] >= 0.5])
             left, top, *_ = corners = (box * size).tolist()
-            best = sorted(names, key=lambda label: -row[label - 1])[:2]
-            colors = ["lime" if label in right else "orange" for label in best]
-            pen.rectangle(corners, outline=colors[0], width=2)
-            for line, (label, color) in enumerate(zip(best, colors)):
-                text = f"{names[label]} {100 * row[label - 1]:.0f}%"
-                pen.text((left + 3, top + 2 + 14 * line), text, color, font, stroke_width=2,
-                         stroke_fill="black")
-        pen.text((4, height - 18), frame.key, "white", font, stroke_width=2, stroke_fill="black")
+            for line, label in enumerate(sorted(names, key=lambda label: -row[label - 1])[:2]):
+                color = "lime" if label in right else "orange"
+                if line == 0:
+                    pen.rectangle(corners, outline=color, width=2)
+                pen.text((left + 3, top + 2 + 14 * line),
+                         f"{names[label]} {100 * row[label - 1]:.0f}%", color, **style)
+        pen.text((4, height - 18), f"{frame.movie}, {frame.second} s", "white", **style)
         pictures.append(picture)
-    width = 4 + max(picture.width for picture in pictures)
-    sheet = Image.new("RGB", (min(3, len(pictures)) * width, -(-len(pictures) // 3) * (height + 4)))
+    sheet = Image.new("RGB", (max(p.width for p in pictures), height * len(pictures)))
     for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % 3 * width, i // 3 * (height + 4)))
+        sheet.paste(picture, (0, i * height))
     sheet.save(path)
-    return path
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -849,19 +811,16 @@ def dry_run(recipe, device, print0):
         model = build(recipe).model
         _, grid = model.encode(*model.embed(torch.empty(1, *shape)))
     cost = count_flops(model, (1, *shape))
-    # Weights, gradients, and one moment of SGD or two of AdamW.
-    states = 4 * cost["parameters"] * (3 if recipe.optimizer == "sgd" else 4) / 2 ** 30
     print0(f"{recipe.model}, expand={recipe.expand}: {cost['parameters']:,} parameters, "
-           f"{cost['flops'] / 1e9:.2f} GFLOPs per clip, output grid {'x'.join(map(str, grid))}, "
-           f"{states:.2f} GiB of weights, gradients and optimizer")
+           f"{cost['flops'] / 1e9:.2f} GFLOPs per clip, output grid {'x'.join(map(str, grid))}")
     if device.type != "cuda":
         return print0("no GPU: memory and time of a training step are not measured")
     _, autocast, _ = engine.mixed_precision(recipe.amp, device)
     detector = build(recipe).to(device).train()
     optimizer = engine.make_optimizer(detector.model, recipe)
     x = torch.randn(recipe.device_batch, *shape, device=device)
-    rois = torch.tensor([[i, 0, 0, shape[3] / 2, shape[2] - 1] for i in range(len(x))] * 3,
-                        device=device)  # three boxes per clip
+    box = [0, 0, shape[3] / 2, shape[2] - 1]
+    rois = torch.tensor([[i, *box] for i in range(len(x))] * 3, device=device)
     for _ in range(2):  # the first step is slower than others
         start = time.perf_counter()
         with autocast():
@@ -877,8 +836,8 @@ def load_for_test(recipe, overrides, print0):
     """(recipe, detector) of the checkpoint recipe.eval. Flags that were given come first."""
     stored = foreign_recipe(engine.read_checkpoint(recipe.eval))
     if stored.get("num_classes") != CLASSES:
-        raise ValueError(f"{recipe.eval} has {stored.get('num_classes') or 'no'} classes, not "
-                         f"{CLASSES}: use it for --init, not --eval")
+        raise ValueError(f"--eval {recipe.eval} has {stored.get('num_classes') or 'no'} classes, "
+                         f"not {CLASSES}: use it for --init")
     recipe = replace(recipe, **{key: stored[key] for key in MODEL_FIELDS
                                 if key in stored and key not in overrides})
     if not recipe.data:
@@ -886,10 +845,10 @@ def load_for_test(recipe, overrides, print0):
     detector = build(replace(recipe, drop_path=0.0, dropout=0.0))
     report = load_weights(detector.model, recipe.eval, verbose=False)
     if report["fresh"]:
-        raise ValueError(f"{recipe.eval} lacks {', '.join(report['fresh'])}")
+        raise ValueError(f"--eval {recipe.eval} lacks {', '.join(report['fresh'])}")
     print0(f"{recipe.eval}: {recipe.model}, {recipe.num_frames} frames at stride "
-           f"{recipe.sampling_rate}, {'x'.join(map(str, recipe.image_size))} pixels, boxes of score "
-           f"{recipe.box_score} or more, {len(report['resized'])} tensors resized")
+           f"{recipe.sampling_rate}, {'x'.join(map(str, recipe.image_size))} pixels, boxes of "
+           f"score {recipe.box_score} or more, {len(report['resized'])} tensors resized")
     return recipe, detector
 
 
@@ -898,23 +857,23 @@ def main():
     check(recipe)
     rank, world, device = engine.init_distributed()
     print0 = tqdm.write if rank == 0 else lambda line: None
-    if recipe.eval and not recipe.dry_run:
+    if recipe.eval:
         recipe, detector = load_for_test(recipe, overrides, print0)
     if device.type == "cpu" and "device_batch" not in overrides and recipe.model != "mvit_tiny":
         recipe = replace(recipe, device_batch=1)  # faster on a CPU, and smaller
     if recipe.dry_run:
-        dry_run(recipe, device, print0)
-    elif recipe.eval:
-        frames, media = find_key_frames(recipe, "val", print0)
-        results = run_test(detector.to(device), recipe, frames, media, print0, recipe.view,
-                           stem=os.path.splitext(recipe.eval)[0])
-        if recipe.draw and rank == 0:
-            print0("wrote " + draw_detections(results, media, recipe, recipe.draw))
-    else:
-        if not recipe.data:
-            folder = synthetic.make_ava_dataset("data/synthetic_ava", print0=print0)
-            recipe = replace(recipe, data=folder, movie_start=float(synthetic.MOVIE_START))
-        train(name, recipe, overrides, rank, world, device, print0)
+        return dry_run(recipe, device, print0)
+    if not recipe.data and not recipe.eval:
+        folder = synthetic.make_ava_dataset("data/synthetic_ava", print0=print0)
+        recipe = replace(recipe, data=folder, movie_start=float(synthetic.MOVIE_START))
+    if not recipe.eval:
+        return train(name, recipe, overrides, rank, world, device, print0)
+    frames, media = find_key_frames(recipe, "val", print0)
+    results = run_test(detector.to(device), recipe, frames, media, print0, recipe.view,
+                       stem=os.path.splitext(recipe.eval)[0])
+    if recipe.draw and rank == 0:
+        draw_detections(results, media, recipe, recipe.draw)
+        print0(f"wrote {recipe.draw}")
 
 
 if __name__ == "__main__":
