@@ -20,6 +20,7 @@ Release: SlowFast's AVA loader, MViT's detection head, the ActivityNet evaluator
 """
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -133,12 +134,11 @@ RECIPES = {
         AVA, optimizer="adamw", predicted=False, lr=5e-4, lr_batch=256, batch_size=128,
         weight_decay=0.05, epochs=20, drop_path=0.2, layer_decay=0.8),
 }
-# What may change when a run is resumed.
+# What may change when a run is resumed, and what a test takes from its checkpoint.
 RUN_FIELDS = {
     "data", "out", "init", "resume", "baseline", "device_batch", "amp", "compile", "checkpointing",
     "workers", "save_minutes", "log_every", "movie_start", "view", "match", "val_epochs", "eval",
     "draw", "dry_run"}
-# What a test takes from the checkpoint.
 MODEL_FIELDS = ("model", "image_size", "num_frames", "sampling_rate", "expand", "mean", "std",
                 "box_score", "box_per_axis", "data", "movie_start")
 
@@ -192,19 +192,17 @@ def locate(folder, table, split="", needed=True):
 
 def find_media(folder, split):
     """{movie: path}, or {movie: paths of its frames in order} if there is a frame list."""
-    table = locate(folder, "frames", split, needed=False)
-    if table is None:
-        return {os.path.splitext(name)[0]: os.path.join(root, name)
-                for root, _, names in os.walk(os.path.join(folder, "videos"), followlinks=True)
-                for name in sorted(names) if layouts.media_kind(name) == "video"}
-    frames = {}
-    with open(table) as f:
-        next(f)  # header
-        for line in f:
-            movie, _, _, path, *_ = line.split(" ")
-            frames.setdefault(movie, []).append(path.encode())
-    # Millions of paths: arrays of bytes, which workers share without a copy.
-    return {movie: np.array(sorted(paths)) for movie, paths in frames.items()}
+    frame_list, media = locate(folder, "frames", split, needed=False), {}
+    if frame_list is None:
+        for root, _, names in os.walk(os.path.join(folder, "videos"), followlinks=True):
+            media |= {os.path.splitext(name)[0]: os.path.join(root, name)
+                      for name in sorted(names) if layouts.media_kind(name) == "video"}
+        return media
+    with open(frame_list) as f:
+        for movie, _, _, path, *_ in map(str.split, itertools.islice(f, 1, None)):   # no header
+            media.setdefault(movie, []).append(path.encode())
+    # Millions of paths: workers share arrays of bytes without a copy.
+    return {movie: np.array(sorted(paths)) for movie, paths in media.items()}
 
 
 def parse_row(line, scored):
@@ -275,7 +273,7 @@ def fingerprint_of(frames):
 
 
 def clip_offsets(num_frames, sampling_rate):
-    """Numbers of a clip's frames, counted from the key frame, which is the T/2-th (release)."""
+    """Numbers of a clip's frames, from the key frame, which is the T/2-th (release)."""
     half = num_frames * sampling_rate // 2
     return range(-half, num_frames * sampling_rate - half, sampling_rate)
 
@@ -370,7 +368,7 @@ def collate(items):
 
 
 def make_loader(clips, batches, device, collate):
-    """A loader with a generator of its own: otherwise each start would draw from the model's."""
+    """A loader that draws from a generator of its own, so that the model's draws are repeatable."""
     workers = engine.loader_workers(clips.recipe.workers, device)
     return data.make_loader(clips, batches, workers, device.type == "cuda", torch.Generator(),
                             collate)
@@ -509,13 +507,10 @@ def train(name, recipe, overrides, rank, world, device, print0):
     """Train, with a test every few epochs and at the end."""
     frames, media = find_key_frames(recipe, "train", print0)
     val = find_key_frames(recipe, "val", print0)
-    batch_size, accumulate = engine.plan_batch(
-        recipe, len(frames), world, "batch_size" in overrides)
-    recipe = replace(recipe, batch_size=batch_size)
-    device_batch = batch_size // world // accumulate
-    steps_per_epoch = len(frames) // batch_size
+    recipe, device_batch, accumulate = engine.plan_batch(
+        recipe, len(frames), world, "batch_size" in overrides, print0)
+    steps_per_epoch = len(frames) // recipe.batch_size
 
-    # --------------------------------------------------------------------- model, optimizer, resume
     checkpoint = engine.find_checkpoint(recipe)
     engine.seed_all(recipe.seed)
     detector = build(recipe)
@@ -528,29 +523,22 @@ def train(name, recipe, overrides, rank, world, device, print0):
     untrained = checkpoint.get("untrained", {}) if checkpoint else {}
     if recipe.baseline and not checkpoint:
         untrained = {view: test(view)["mAP"] for view in ("center", "full")}
-    print0(f"recipe {name}: "
-           + ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(recipe).items()))
-    print0(f"{len(frames)} key frames of {len({frame.movie for frame in frames})} movies to train, "
-           f"{sum(len(frame.boxes) for frame in frames)} boxes; {len(val[0])} key frames to test; "
-           f"{steps_per_epoch} steps per epoch, {recipe.epochs * steps_per_epoch} steps")
-    print0(f"batch {batch_size} = {world} processes x {device_batch} clips x {accumulate} "
-           f"accumulated; peak lr {recipe.lr:g} x {batch_size}/{recipe.lr_batch} = "
-           f"{recipe.lr * batch_size / recipe.lr_batch:g}; {amp} on {device}; boxes on a grid of "
-           f"stride {detector.model.patch_stride[-1]}")
+    engine.print_setup(name, recipe, detector, optimizer, world, device_batch, amp, print0)
+    print0(f"{len(frames)} key frames of {len(media)} movies to train, {len(val[0])} to test, "
+           f"{recipe.epochs * steps_per_epoch} steps, features of stride {1 / detector.scale:g}")
     run = engine.Run(
         recipe, detector.model, optimizer, scaler, steps_per_epoch=steps_per_epoch, device=device,
         fingerprint=fingerprint_of(frames), num_files=len(frames), unit="clip",
         checkpoint=checkpoint, run_fields=RUN_FIELDS,
         extra={"untrained": untrained, "recipe": model_recipe(recipe)})
-    batches = data.EpochBatches(len(frames), batch_size, recipe.epochs, recipe.seed, rank, world,
-                                device_batch, run.step)
+    batches = data.EpochBatches(len(frames), recipe.batch_size, recipe.epochs, recipe.seed, rank,
+                                world, device_batch, run.step)
     loader = iter(make_loader(Clips(frames, media, recipe, "train"), batches, device, collate))
     trained = Detector(detector.model)  # a second one, since tests take other sizes: not compiled
     if engine.should_compile(recipe.compile, device, print0):
         trained.feature_map = torch.compile(trained.feature_map)  # the number of boxes varies
     ddp = engine.wrap_ddp(trained)
 
-    # ---------------------------------------------------------------------------------------- loop
     trained.train()
     while run.step < run.total_steps:
         lr = run.start_step()
@@ -819,12 +807,12 @@ def dry_run(recipe, device, print0):
     detector = build(recipe).to(device).train()
     optimizer = engine.make_optimizer(detector.model, recipe)
     x = torch.randn(recipe.device_batch, *shape, device=device)
-    box = [0, 0, shape[3] / 2, shape[2] - 1]
-    rois = torch.tensor([[i, *box] for i in range(len(x))] * 3, device=device)
+    rois = torch.tensor([[i, 0, 0, *shape[2:]] for i in range(len(x))] * 3, device=device)
     for _ in range(2):  # the first step is slower than others
         start = time.perf_counter()
         with autocast():
-            detector(x, rois).square().mean().backward()
+            loss = detector(x, rois).square().mean()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         torch.cuda.synchronize()
