@@ -447,7 +447,7 @@ class Run:
         return set_lr(self.optimizer, self.recipe, self.epoch)
 
     def next_batch(self, batches):
-        """The next micro-batch. On a signal all ranks save, discard the step and exit."""
+        """The next micro-batch. Leaves on a signal."""
         start, batch = time.perf_counter(), None
         try:
             self.stop.waiting = True                          # from here a signal raises Stopped
@@ -459,14 +459,18 @@ class Run:
         except Stopped:
             pass
         self.waited += time.perf_counter() - start
+        self.exit_on_signal()
+        self.new_unreadable.update(batch["unreadable"])
+        return batch
+
+    def exit_on_signal(self):
+        """On a signal all ranks save, discard the unfinished step and exit. All must call it."""
         if name := self.stop.agreed():
             self.bar.close()
             self.save_if_safe()
             self.print0(f"stopped by {name} after step {self.step} of {self.total_steps}: "
                         f"{self.checkpoint_path} holds step {self.saved_step}, go on with --resume")
             sys.exit(128 + signal.Signals[name])
-        self.new_unreadable.update(batch["unreadable"])
-        return batch
 
     def end_step(self, loss, lr, **values):
         """Clip, step or skip, then log and save where due.
