@@ -48,7 +48,7 @@ from tqdm import tqdm
 import data
 import layouts
 import mvit
-import synthetic
+from tools import synthetic
 from convert import foreign_recipe, load_weights
 from models import build_classifier
 from engine import (MAX_SKIPPED, Logger, StopSignal, check_positive, gather_list, init_distributed, loader_workers,

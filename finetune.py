@@ -28,7 +28,7 @@ import data
 import evaluate
 import layouts
 import mvit
-import synthetic
+from tools import synthetic
 from convert import foreign_recipe, load_weights, recognize
 from models import MODELS, build_classifier
 from engine import (MAX_SKIPPED, Logger, StopSignal, check_positive, gather_list, init_distributed, loader_workers, lr_at,

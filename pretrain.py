@@ -27,7 +27,7 @@ import data
 import layouts
 import masking
 import mvit
-import synthetic
+from tools import synthetic
 import visualize
 from models import MODELS, build_maskfeat
 from engine import (MAX_SKIPPED, Logger, StopSignal, check_positive, gather_list, init_distributed, loader_workers, lr_at,

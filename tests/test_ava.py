@@ -18,7 +18,7 @@ from PIL import Image
 import ava
 import data
 import runs
-import synthetic
+from tools import synthetic
 from conftest import GOLDEN, ROOT, golden_input
 from models import build_classifier
 from engine import read_checkpoint
@@ -185,7 +185,7 @@ def test_any_number_of_boxes(count):
 def movies(tmp_path_factory):
     """4 training and 2 validation movies in AVA's layout, with 12 and 6 key frames."""
     folder = tmp_path_factory.mktemp("ava")
-    subprocess.run([sys.executable, "-c", "import sys, synthetic; from pathlib import Path\n"
+    subprocess.run([sys.executable, "-c", "import sys; from tools import synthetic; from pathlib import Path\n"
                     "synthetic.MOVIES = {'train': 4, 'val': 2}\n"
                     "synthetic.make_ava_part(sys.argv[1], 0, 0, 1); synthetic._join_tables(Path(sys.argv[1], 'annotations'))",
                     str(folder)], check=True, cwd=ROOT)
@@ -294,7 +294,7 @@ def test_views_and_empty_boxes(movies):
 
 def numbered(path, count, size=(64, 48)):
     """A movie whose frame i is grey of 37i % 256: made by a process of its own, as the workers of other tests fork."""
-    subprocess.run([sys.executable, "-c", "import sys, numpy as np, synthetic\n"
+    subprocess.run([sys.executable, "-c", "import sys, numpy as np; from tools import synthetic\n"
                     "n, w, h = map(int, sys.argv[2:]); grey = (37 * np.arange(n) % 256).astype(np.uint8)\n"
                     "synthetic.write_video(sys.argv[1], np.broadcast_to(grey[:, None, None, None], (n, h, w, 3)))",
                     str(path), str(count), *map(str, size)], check=True, cwd=ROOT)
