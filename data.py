@@ -496,6 +496,16 @@ class TrainDataset(torch.utils.data.Dataset):
         return torch.from_numpy(np.stack(self.augment(pictures, rng))).permute(0, 3, 1, 2)
 
 
+PretrainDataset, target_inputs = TrainDataset, extras
+
+
+def normalize(x, mean, std):
+    """uint8 (B, 3, [T,] H, W) -> float, less the mean, over the deviation of each color."""
+    shape = (3, *[1] * (x.ndim - 2))
+    mean, std = (torch.tensor(v, device=x.device).view(shape) for v in (mean, std))
+    return x.float().div(255).sub(mean).div(std)
+
+
 def read_views(path, image_size, num_frames=None, sampling_rate=4, clips=1, crops=1, crop_ratio=0.875, segments=False):
     """All views of one file for a test; nothing random. The file is decoded once.
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 
+from engine import parse_recipe
+
 import numpy as np
 import pytest
 import runs
@@ -16,7 +18,6 @@ from PIL import Image
 
 import finetune
 import pretrain
-from engine import parse_recipe
 from layouts import Samples
 from tools import ablate
 

@@ -58,5 +58,6 @@ def test_folder_is_made_once_and_whole(tmp_path, monkeypatch):
         synthetic.make_dataset(tmp_path / "set", seed=1)
     monkeypatch.setattr(synthetic.subprocess, "Popen", popen)
     command, cwd = started[0]                               # what a child would do, for one clip
-    subprocess.run([*command[:3], tmp_path / "one", *command[4:-2], "7", "300"], cwd=cwd, check=True)
+    command = [*command[:3], tmp_path / "one", *command[4:-2], "7", "300"]
+    subprocess.run(command, cwd=cwd, check=True)
     assert len(list((tmp_path / "one").rglob("*.mp4"))) == 1

@@ -19,9 +19,10 @@ import statistics
 import subprocess
 import sys
 
+import engine
+
 from PIL import Image, ImageDraw, ImageFont
 
-import engine
 import layouts
 
 RESULTS, PAGE, CHART = "results/ablation.jsonl", "docs/results.md", "docs/ablation.png"

@@ -2,8 +2,8 @@
 
 Striped shapes move over a striped background under changing light: clean edges at every angle for
 HOG, and no single frame tells the motion. Clips: 3 shapes x 4 motions, 20 for training and 5 for
-validation of each class, 128x96, 30 fps, 48 to 64 frames. Movies (--ava): 100 in AVA's layout, 160x120,
-with two or three shapes, their boxes and classes, and noisy "detected" boxes.
+validation of each class, 128x96, 30 fps, 48 to 64 frames. Movies (--ava): 100 in AVA's layout,
+160x120, with two or three shapes, their boxes and classes, and noisy "detected" boxes.
 The content depends on the seed only.
 
     python -m tools.synthetic FOLDER [--ava] [--seed N]
@@ -33,32 +33,33 @@ ACTIONS = ("move left and right", "move up and down", "turn round", "grow and sh
 SHAPE_CLASS = 11                 # to 13: the shape, as a second class that is not evaluated
 
 
-def make_dataset(folder, seed=0):
+def make_dataset(folder, seed=0, print0=print):
     """Make folder/{train,val}/<shape>_<motion>/NNN.mp4 unless it exists. Returns the folder.
 
     Raises ValueError if the folder holds something else, OSError if the videos cannot be made.
     """
-    return _make(Path(folder), seed, "videos")
+    return _make(folder, seed, "videos", print0)
 
 
-def make_ava_dataset(folder, seed=0):
+def make_ava_dataset(folder, seed=0, print0=print):
     """Make folder/{annotations,videos} in the layout of AVA v2.2, as make_dataset does."""
-    return _make(Path(folder), seed, "movies", "--ava")
+    return _make(folder, seed, "movies", print0, "--ava")
 
 
-def _make(folder, seed, what, *flags):
+def _make(name, seed, what, print0, *flags):
     """Child processes make the data beside the folder, and it is moved there when it is complete.
 
     Thus the caller loads no video library before its data workers fork.
     """
-    import engine  # here, since the children need no torch
-    mark = f"synthetic {what}, version 1, seed {seed}\n"
+    from engine import usable_cores  # here, since the children need no torch
+    folder, mark = Path(name), f"synthetic {what}, version 1, seed {seed}\n"
     if _is_complete(folder, mark):
-        return folder
+        return name
+    print0(f"no --data: making {what} in {name}, once")
     folder.parent.mkdir(parents=True, exist_ok=True)
     making = os.path.abspath(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     command = [sys.executable, "-m", "tools.synthetic", making, *flags, "--seed", str(seed)]
-    parts, children = min(getattr(engine, "usable_cores", os.cpu_count)(), 8), []
+    parts, children = min(usable_cores(), 8), []
     try:
         for part in range(parts):
             children.append(subprocess.Popen([*command, "--part", str(part), str(parts)], cwd=ROOT))
@@ -78,7 +79,7 @@ def _make(folder, seed, what, *flags):
             child.kill()
             child.wait()
         shutil.rmtree(making, ignore_errors=True)
-    return folder
+    return name
 
 
 def _is_complete(folder, mark):
