@@ -372,13 +372,14 @@ def train(name, recipe, given, rank, world, device, stop, say):
         change = functools.partial(augment.rand_augment, **augment.parse_rand_augment(recipe.rand_augment), fill=grey)
     elif recipe.color_jitter:
         change = functools.partial(augment.color_jitter, strength=recipe.color_jitter)
-    dataset = data.TrainDataset(
+    dataset = data.FinetuneDataset(
         samples, recipe.image_size, recipe.num_frames if samples.kind == "video" else None, recipe.sampling_rate,
         seed=recipe.seed, scale=recipe.crop_scale, flip=recipe.flip, augment=change, repeats=recipe.repeats,
         erase=functools.partial(augment.erasing_box, prob=recipe.erase) if recipe.erase else None, segments=recipe.segments,
         short_side=round(max(recipe.image_size) / 0.875))                     # release: 256 for 224
     batches = data.EpochBatches(len(samples), size, recipe.epochs, recipe.seed, rank, world, device_batch, step)
-    loader = data.make_loader(dataset, batches, loader_workers(recipe.workers, device), pin_memory=device.type == "cuda")
+    loader = data.make_loader(dataset, batches, loader_workers(recipe.workers, device), pin_memory=device.type == "cuda",
+                              collate=data.collate_repeats)
 
     scale = size / recipe.lr_batch
     say(f"recipe {name}: " + ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(recipe).items()))

@@ -148,14 +148,14 @@ def draw(model, recipe, paths, output, device="cpu", frames=4, seed=0):
     size = (recipe["num_frames"], *recipe["image_size"]) if video else recipe["image_size"]
     grid = tuple(n // s for n, s in zip(size, stride))
     samples = layouts.Samples("video" if video else "image", list(paths), [-1] * len(paths), [])
-    dataset = data.TrainDataset(samples, recipe["image_size"], recipe["num_frames"] if video else None,
-                                recipe["sampling_rate"], train=False,
-                                **data.extras(model.target, paths, grid[-2:], stride[0], recipe.get("teacher", "")))
+    dataset = data.PretrainDataset(samples, recipe["image_size"], recipe["num_frames"] if video else None,
+                                recipe["sampling_rate"],
+                                **data.target_inputs(model.target, paths, grid[-2:], stride[0], recipe.get("teacher", "")))
     mean, std = (torch.tensor(recipe[key]).view(3, *[1] * len(grid)) for key in ("mean", "std"))
     columns, names, movie, titles = [], [], [], []
     for i, path in enumerate(paths):
         try:
-            item = dataset.view(dataset.read(path), None, dataset.label_map(i))
+            item = dataset.center(i)
             x = (item["x"].float() / 255 - mean) / std
         except data.UnreadableFile as error:
             print(f"left out: {error}")

@@ -318,9 +318,9 @@ def bench_loader(folder, files, rounds, add):
     """Samples as a worker with its one thread makes them, of random clips of a file in turn."""
     cube = lambda rng: masking.draw_mask("cube", (8, 14, 14), 0.4, rng)
     rngs = [data.sample_rng(0, 0, i) for i in range(8)]
-    places = [rng.random() for rng in rngs]                                   # of the clips, as TrainDataset draws them
+    places = [rng.random() for rng in rngs]                                   # of the clips, as PretrainDataset draws them
     for name, path in files.items():
-        dataset = data.TrainDataset(layouts.Samples("video", [str(path)] * 8, [0] * 8, []), (224, 224), 16, mask=cube)
+        dataset = data.PretrainDataset(layouts.Samples("video", [str(path)] * 8, [0] * 8, []), (224, 224), 16, mask=cube)
 
         def plain():                                                          # takes as long for any part of a file
             frames = plain_clip(path, 16, 4, places[0])
@@ -328,18 +328,18 @@ def bench_loader(folder, files, rounds, add):
             return data.crop_resize(frames, box, (224, 224)).transpose(0, 1).contiguous(), cube(rngs[0])
 
         def seek(place):
-            with data._open_video(path, quick=True) as (container, stream):
+            with video.open_video(path, quick=True) as (container, stream):
                 container.seek(round(place * 8 / stream.time_base), stream=stream)
 
         def read_unconverted(place):
-            with mock.patch("data._rgb", lambda frame, cover: np.zeros((3, 1, 1), np.uint8)):
+            with mock.patch("video._rgb", lambda frame, min_size: np.zeros((3, 1, 1), np.uint8)):
                 data.read_clip(path, position=place)
 
         frames = data.read_clip(path)
         times = take_turns({
             "seek": lambda: [seek(place) for place in places],
             "read": lambda: [read_unconverted(place) for place in places],
-            "crop": lambda: dataset.view(frames, rngs[0]), "mask": lambda: cube(rngs[0]),
+            "crop": lambda: dataset.view(frames, None, data.random_resized_crop_box(*frames.shape[-2:], rngs[0])), "mask": lambda: cube(rngs[0]),
             "sample": lambda: [dataset[0, i] for i in range(8)], "plain": plain}, rounds, CPU)
         seek, read, sample = (np.array(times[side]) / 8 for side in ("seek", "read", "sample"))
         crop, mask = np.array(times["crop"]), np.array(times["mask"])
@@ -350,7 +350,7 @@ def bench_loader(folder, files, rounds, add):
 
     path = folder / "image.jpg"
     Image.fromarray(texture(375, 500, np.random.default_rng(0))).save(path, quality=90)
-    dataset = data.TrainDataset(layouts.Samples("image", [str(path)], [0], []), (224, 224),
+    dataset = data.PretrainDataset(layouts.Samples("image", [str(path)], [0], []), (224, 224),
                                 mask=lambda rng: masking.draw_mask("block", (14, 14), 0.4, rng))
     add("JPEG of 500x375, sample on one core", "ms", take_turns({"": lambda: dataset[0, 0]}, rounds, CPU)[""], items=1)
 
