@@ -3,13 +3,12 @@
     python -m tools.bench --quick                            # MViTv2-S only, three rounds
     python -m tools.bench --models vit_b --batch 64 --json out/bench.json
 
-Both sides take turns, so that a busy machine slows both. The ratio of ours to the plain form is the median of the rounds' ratios,
-± half their interquartile range. The precision is that of training: fp32 on a CPU, bf16 on a GPU.
-The plain forms materialize logits and bias, scatter HOG's votes, and decode every frame.
-
-A step is forward, HOG, loss, backward, clipping and AdamW. Its peak memory is what it takes beyond
-weights, AdamW's state and input, on a CPU in a process of its own. A sample is read, cropped and
-masked on one core, as by a worker of the loader. No data are needed.
+Both sides take turns, so that a busy machine slows both. The ratio of ours to the plain form is the
+median of the rounds' ratios, ± half their interquartile range. The precision is that of training:
+fp32 on a CPU, bf16 on a GPU. The plain forms materialize logits and bias, scatter the votes of HOG,
+and decode every frame. A step is forward, HOG, loss, backward, clipping and AdamW. Its peak memory
+is what it takes beyond weights, AdamW's state and input, on a CPU in a process of its own. A sample
+is read, cropped and masked on one core, as by a worker of the loader. No data are needed.
 """
 import argparse
 import contextlib
@@ -98,7 +97,8 @@ def make_line(name, unit, ours, other=()):
     if other:
         ratios = [a / b for a, b in zip(ours, other, strict=True)]
         low, ratio, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
-        line |= {"plain": scale * statistics.median(other), "ratio": ratio, "spread": (high - low) / 2}
+        line |= {"plain": scale * statistics.median(other), "ratio": ratio,
+                 "spread": (high - low) / 2}
     return line
 
 
@@ -184,7 +184,7 @@ def bench_step(model, batch, device, rounds, compiled, add):
 # ---------------------------------------------------------------------------------------- the parts
 
 def bench_parts(device, rounds, compiled, add):
-    """HOG, masks, and attention with its pooling in each stage of MViTv2-S, forward and backward."""
+    """HOG, masks, and attention with pooling in each stage of MViTv2-S, forward and backward."""
     images, hog = torch.randn(16, 3, 224, 224, device=device), HOG().to(device)
     sides = {"eager": lambda: hog(images), "plain": plainly(lambda: hog(images))}
     if compiled:
