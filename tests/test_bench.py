@@ -46,7 +46,8 @@ def test_memory_is_of_a_process_of_its_own():
     del grown
 
 
-@pytest.mark.parametrize("model", ["mvit_tiny", "vit_tiny"])
+@pytest.mark.parametrize(
+    "model", [pytest.param("mvitv2_s", marks=pytest.mark.slow), "vit_tiny"])
 def test_plain_form_is_another_way_to_the_same_step(model):
     losses = []
     for form in (lambda step: step, bench.plainly):
