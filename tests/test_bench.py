@@ -31,7 +31,7 @@ def test_sides_take_turns(monkeypatch):
         return run
     times = bench.take_turns({"slow": side("s", 0.2), "fast": side("f", 1e-3)}, 3)
     assert times == {"slow": pytest.approx([0.2] * 3), "fast": pytest.approx([1e-3] * 3)}
-    turns = "".join(calls).removeprefix("ssff").split("s")[1:]
+    turns = "".join(calls).removeprefix("sff").split("s")[1:]
     assert len(turns) == 3 and all(100 <= len(turn) <= 102 for turn in turns)
 
 
@@ -72,5 +72,5 @@ def test_samples_of_the_loader(kind, tmp_path):
         bench.write_clip(path, 96, 64, seconds=3)
     else:
         bench.Image.fromarray(bench.texture(64, 64)).save(path)
-    times = bench.in_own_process(bench.sample_times, kind, path, 2)
-    assert set(times) == ({"ours", "plain"} if kind == "video" else {"ours"})
+    ours, plain = bench.in_own_process(bench.sample_times, kind, path, 2)
+    assert len(ours) == 2 and len(plain) == (2 if kind == "video" else 0)
