@@ -67,7 +67,8 @@ TABLES = {
         ("hog-cell-16", "cells of 16x16", 83.2, "--cell 16")]),
 }
 ROWS = {name: (kind, flags) for _, kind, rows in TABLES.values() for name, _, _, flags in rows}
-# Flags and epochs of pre-training, flags and epochs of fine-tuning, flags and epochs from scratch.
+# Flags and epochs of pre-training, flags and epochs of fine-tuning, further flags of fine-tuning a
+# pre-trained model, further flags and epochs of training from scratch.
 SMALL = {
     "image": ("--model vit_tiny --batch-size 128 --lr-batch 128 --warmup-epochs 2", 20,
               "--model vit_tiny --val-epochs 0 --mixup 0 --cutmix 0 --erase 0 --lr-batch 64 "
@@ -88,23 +89,22 @@ BUDGET = "data", "labels", "flags", "epochs", "pretrain_data", "pretrain_epochs"
 
 def commands(name, seed, args, data_id="", pretrain_id=""):
     """([(folder, command)], result line without a result) of one row and seed."""
-    (kind, target), labels = ROWS[name], 0 if args.full else args.labels
+    kind, target = ROWS[name]
     before, pretrain_epochs, after, epochs, tuned, scratch, scratch_epochs = (
         FULL if args.full else SMALL)[kind]
-    out, runs, teacher = f"out/ablate{'-full' * args.full}/{name}", [], None
+    pretrain_epochs = args.pretrain_epochs or pretrain_epochs
+    labels, out = 0 if args.full else args.labels, f"out/ablate{'-full' * args.full}/{name}"
+    runs, teacher, start = [], None, f"--init {out}/pretrain-{pretrain_epochs}/last.pt {tuned}"
     if target is None:
         start, epochs = f"--init '' {scratch}", scratch_epochs
         pretrain_id = pretrain_epochs = None
     else:
-        pretrain_epochs = args.pretrain_epochs or pretrain_epochs
-        if "--teacher" in target:
-            target, _, teacher = target.partition(" --teacher ")
-            teacher = args.teacher or teacher
-            target += f" --teacher {shlex.quote(teacher)}"
-        folder, data = f"{out}/pretrain-{pretrain_epochs}", args.pretrain_data or args.data
-        start = f"--init {folder}/last.pt {tuned}"
-        runs.append((folder, f"pretrain.py --data {shlex.quote(data)} {before} {target} "
-                             f"--epochs {pretrain_epochs}"))
+        target, _, teacher = target.partition(" --teacher ")
+        teacher = teacher and (args.teacher or teacher) or None
+        runs.append((f"{out}/pretrain-{pretrain_epochs}",
+                     f"pretrain.py --data {shlex.quote(args.pretrain_data or args.data)} {before} "
+                     f"{target} {f'--teacher {shlex.quote(teacher)}' if teacher else ''} "
+                     f"--epochs {pretrain_epochs}"))
     epochs = args.finetune_epochs or epochs
     runs.append((f"{out}/finetune-{pretrain_epochs}+{epochs}-{labels or 'all'}-seed{seed}",
                  f"finetune.py --data {shlex.quote(args.data)} {after} {start} --epochs {epochs} "
@@ -113,8 +113,8 @@ def commands(name, seed, args, data_id="", pretrain_id=""):
     line = {"row": name, "seed": seed, "teacher": teacher, "data": data_id, "labels": labels,
             "pretrain_data": pretrain_id, "pretrain_epochs": pretrain_epochs,
             "epochs": None if args.full else epochs, "flags": f"{before}; {after}"}
-    return [(out, f"{launch}{' '.join(text.split())} --out {out} --resume")
-            for out, text in runs], line
+    return [(folder, f"{launch}{' '.join(text.split())} --out {folder} --resume")
+            for folder, text in runs], line
 
 
 def run(command):
@@ -258,7 +258,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", default="DATA", help="folder with train/<class>/* and val/<class>/*")
+    add("--data", help="folder with train/<class>/* and val/<class>/*")
     add("--pretrain-data", help="folder to pre-train on, if not --data")
     add("--rows", nargs="+", default=[], help="rows to run, see --list")
     add("--seeds", nargs="+", type=int, default=[0], help="seeds of fine-tuning")
@@ -274,9 +274,12 @@ def main():
         for name in ROWS:
             figures = [f"Table {number}, {label}: {paper}" for number, table in TABLES.items()
                        for row, label, paper, _ in table[2] if row == name]
+            args.data = "imagenet/" if ROWS[name][0] == "image" else "k400/"
             print(f"{name} ({'; '.join(figures)})")
             print("".join(f"    {command}\n" for _, command in commands(name, 0, args)[0]))
         return
+    if args.rows and not args.data:
+        raise ValueError("--rows needs --data DIR")
     if args.rows:
         run_rows(args)
     rebuild()

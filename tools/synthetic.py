@@ -98,28 +98,29 @@ def make_part(folder, seed, part, parts):
     for split, name, number in names[part::parts]:
         path = Path(folder, split, name, f"{number:03d}.mp4")
         path.parent.mkdir(parents=True, exist_ok=True)
-        rng = np.random.default_rng(list(f"{seed} {split} {name} {number}".encode()))
-        write_video(path, draw_clip(rng, name))
+        write_video(path, draw_clip(_generator(seed, split, name, number), name))
 
 
 def make_ava_part(folder, seed, part, parts):
     """Write every parts-th movie, starting with number `part`, and its lines of the tables."""
     names = [(split, number) for split, count in MOVIES.items() for number in range(count)]
-    videos, annotations = Path(folder, "videos"), Path(folder, "annotations")
-    videos.mkdir(parents=True, exist_ok=True)
-    annotations.mkdir(exist_ok=True)
+    Path(folder, "videos").mkdir(parents=True, exist_ok=True)
+    Path(folder, "annotations").mkdir(exist_ok=True)
     for split, number in names[part::parts]:
-        name = f"{split}_{number:03d}"
-        rng = np.random.default_rng(list(f"{seed} {split} {number} ava".encode()))
+        name, rng = f"{split}_{number:03d}", _generator(seed, split, number, "ava")
         frames, truth = draw_movie(rng)
-        write_video(videos / f"{name}.mp4", frames)
-        tables = {"v2.2": [], "predicted_boxes": []}
+        write_video(Path(folder, "videos", f"{name}.mp4"), frames)
+        true_lines = found_lines = ""
         for second, box, labels, person in truth:
             key = f"{name},{second:04d},"
-            tables["v2.2"] += [f"{key}{_csv(box)},{label},{person}\n" for label in labels]
-            tables["predicted_boxes"] += _detections(rng, key, box, labels)
-        for table, lines in tables.items():
-            (annotations / f"{name}.{table}").write_text("".join(lines))
+            true_lines += "".join(f"{key}{_csv(box)},{label},{person}\n" for label in labels)
+            found_lines += "".join(_detections(rng, key, box, labels))
+        Path(folder, "annotations", f"{name}.v2.2").write_text(true_lines)
+        Path(folder, "annotations", f"{name}.predicted_boxes").write_text(found_lines)
+
+
+def _generator(*key):
+    return np.random.default_rng(list(" ".join(map(str, key)).encode()))
 
 
 def _detections(rng, key, box, labels):
