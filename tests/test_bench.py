@@ -16,6 +16,8 @@ def test_ratio_is_the_median_of_rounds_and_its_spread_half_the_quartiles():
     assert bench.make_line("", "s", [2, 400], [1, 200])["ratio"] == 2  # a slow round
     assert bench.format_line(line).split() == "step 3000 ms 1e+04 0.300 ± 0.100".split()
     assert bench.format_line(bench.make_line("mask", "ms", [1e-4])).split() == "mask 0.1 ms".split()
+    one = bench.make_line("peak", "GiB", [3.0], [2.0])
+    assert bench.format_line(one).split() == "peak 3 GiB 2 1.500".split()
     assert json.loads(json.dumps(line)) == line
 
 

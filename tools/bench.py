@@ -104,14 +104,16 @@ def make_line(name, unit, ours, other=()):
         ratios = [a / b for a, b in zip(ours, other, strict=True)]
         low, ratio, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
         line |= {"plain": scale * statistics.median(other), "ratio": ratio,
-                 "spread": (high - low) / 2}
+                 "spread": (high - low) / 2 if len(ratios) > 1 else None}
     return line
 
 
 def format_line(line):
     text = f"{line['name']:46} {line['ours']:9.4g} {line['unit']:3}"
     if "ratio" in line:
-        text += f" {line['plain']:9.4g}  {line['ratio']:.3f} ± {line['spread']:.3f}"
+        text += f" {line['plain']:9.4g}  {line['ratio']:.3f}"
+    if line.get("spread") is not None:
+        text += f" ± {line['spread']:.3f}"
     return text
 
 
