@@ -1,46 +1,99 @@
-"""Plumbing shared by the training scripts: processes, batches, schedule, parameter groups, checkpoints, command line.
+"""Plumbing that the training scripts share: processes, schedule, checkpoints, a run's bookkeeping.
 
-Nothing here knows of masks, targets or labels; forward, backward, clipping and stepping stay in the scripts.
+Nothing here knows of masks, targets, labels or boxes. The forward pass, the loss and the backward
+pass stay in the scripts.
 """
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import os
 import random
-import resource
 import signal
 import sys
 import time
+from pathlib import Path
+
+# Idle OpenMP threads sleep instead of spinning at the end of each operation. On a machine with
+# other work, spinning threads take the core from the thread that they wait for: a run beside two
+# busy processes took 28 times as long. The policy counts only if it is set before torch is loaded,
+# so scripts import this file first.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
-MAX_SKIPPED = 20      # steps with a non-finite gradient in a row; more than any loss scale needs to settle
+MAX_SKIPPED = 20      # steps with a non-finite gradient in a row: more than a loss scale needs
 MAX_UNREADABLE = 0.1  # share of the files
 
 
-# ---------------------------------------------------------------------------------------------------------- processes
+# --------------------------------------------------------------------------------------- processes
 
 def init_distributed():
-    """Join the process group that `torchrun` describes, if any. Returns (rank, world size, device)."""
+    """Join the process group of `torchrun`, if any. Returns (rank, world size, device)."""
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
-            raise ValueError(f"local rank {local} has no GPU, there are {torch.cuda.device_count()}: "
-                             "lower --nproc_per_node")
+            raise ValueError(f"local rank {local} has no GPU, there are "
+                             f"{torch.cuda.device_count()}: lower --nproc_per_node")
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    torch.set_num_threads(min(torch.get_num_threads(), cores_per_process()))
     return int(os.environ.get("RANK", 0)), world, device
 
 
+def usable_cores(root="/"):
+    """CPU cores for this process, by its affinity and its container's quota (cgroup v1 or v2).
+
+    root: where /proc and /sys are.
+    """
+    on_linux = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
+    with contextlib.suppress(OSError), open(os.path.join(root, "proc/self/cgroup")) as f:
+        for line in f:
+            _, controllers, group = line.strip().split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            top = os.path.join(root, "sys/fs/cgroup", "cpu" if controllers else "").rstrip("/")
+            folder = top + group.rstrip("/")
+            while folder.startswith(top):  # every group above limits, too
+                cores = min(cores, read_quota(folder))
+                folder = os.path.dirname(folder)
+    return max(int(cores), 1)
+
+
+def read_quota(folder):
+    """Cores that one cgroup allows, rounded up. Infinity if it sets no limit."""
+    text = ""
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError):
+            text = " ".join(Path(folder, name).read_text() for name in names)
+    quota, period = (text.split() + ["max", "1"])[:2]
+    return math.inf if quota in ("max", "-1") else math.ceil(int(quota) / int(period))
+
+
+def cores_per_process():
+    return max(usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+
+
+def loader_workers(workers, device):
+    """Loader processes per rank: as given, or for -1 by the cores. A CPU is busy with the model."""
+    if workers >= 0:
+        return workers
+    return 1 if device.type == "cpu" else min(cores_per_process(), 16)
+
+
 def seed_all(*key):
-    """Seed Python, NumPy and torch from any numbers, say (seed, step, rank): a restart then draws what it would have."""
+    """Seed Python, NumPy and torch by numbers such as (seed, step, rank), so that a restart draws
+    the same."""
     state = np.random.SeedSequence([k & 0xFFFFFFFF for k in key]).generate_state(1, np.uint64)[0]
     random.seed(int(state))
     np.random.seed(int(state) % 2 ** 32)
@@ -49,7 +102,8 @@ def seed_all(*key):
 
 def reduce_mean(value, device):
     """Mean over ranks of a number or a scalar tensor, as a float. All ranks must call it."""
-    value = torch.as_tensor(value, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    value = torch.as_tensor(value, dtype=dtype, device=device)
     if dist.is_initialized():
         dist.all_reduce(value)
         value = value / dist.get_world_size()
@@ -57,7 +111,7 @@ def reduce_mean(value, device):
 
 
 def gather_list(items):
-    """Concatenation over ranks of a list of plain objects, the same on all. All ranks must call it."""
+    """Concatenation over ranks of a list of plain objects, the same on all. All must call it."""
     if not dist.is_initialized():
         return items
     parts = [None] * dist.get_world_size()
@@ -65,55 +119,68 @@ def gather_list(items):
     return [item for part in parts for item in part]
 
 
-class StopSignal:
-    """SIGTERM and SIGINT set a flag; `agreed()` is the name of the signal if any rank got one, else "".
-
-    release() gives both back their usual effect, where there is nothing to save.
-    """
-
-    def __init__(self):
-        self.number = 0
-        self.usual = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def release(self):
-        for number, handler in self.usual.items():
-            signal.signal(number, handler)
-
-    def receive(self, number, frame):
-        if self.number == number == signal.SIGINT:                            # a second Ctrl-C: do not wait
-            raise KeyboardInterrupt
-        self.number = number
-
-    def agreed(self):
-        """All ranks must call it: they leave at the same step or not at all."""
-        number = torch.tensor(self.number)
-        if dist.is_initialized():
-            dist.all_reduce(number, dist.ReduceOp.MAX)                        # a CPU tensor: gloo, no wait for the GPU
-        return signal.Signals(number.item()).name if number else ""
+def from_rank0(function, *arguments):
+    """What function(*arguments) returns or raises on rank 0, on all ranks. All must call it."""
+    result = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result = [function(*arguments)]
+        except (ValueError, OSError) as error:
+            result = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]
 
 
-# ------------------------------------------------------------------------------------------------------- optimization
+def wrap_ddp(model):
+    """The model under DistributedDataParallel if there are several processes. Buffers are constants
+    here (a whole teacher may be among them), so they are not broadcast."""
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def sync(model, last):
+    """Context of a micro-batch: gradients are averaged over ranks with the last one of a step."""
+    skip = isinstance(model, DistributedDataParallel) and not last
+    return model.no_sync() if skip else contextlib.nullcontext()
+
+
+# ------------------------------------------------------------------------------------ optimization
 
 def lr_at(epoch, base_lr, epochs, warmup_epochs, warmup_lr=1e-6, min_lr=1e-6):
-    """Learning rate at a fractional epoch: linear warm-up, then half a cosine to min_lr over the rest (release)."""
+    """Learning rate at a fractional epoch: linear warm-up, then half a cosine (release)."""
     if epoch < warmup_epochs:
         return warmup_lr + (base_lr - warmup_lr) * epoch / warmup_epochs
     progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)
     return min_lr + (base_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
+def set_lr(optimizer, recipe, epoch):
+    """Set and return the learning rate at a fractional epoch, scaled by batch_size / lr_batch."""
+    lr = recipe.batch_size / recipe.lr_batch * lr_at(
+        epoch, recipe.lr, recipe.epochs, recipe.warmup_epochs, recipe.warmup_lr, recipe.min_lr)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    return lr
+
+
 def layer_id(name, depth):
-    """0 for the stem (tokens, positions, patch embedding), i + 1 for block i, depth + 1 for norm and head (release)."""
+    """0 for the stem (class and mask token, positions, patch embedding), i + 1 for block i,
+    depth + 1 for norm and head (release)."""
     if name.startswith(("cls_token", "mask_token", "pos_embed", "patch_embed")):
         return 0
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
 
 
 def param_groups(model, weight_decay, layer_decay=1.0):
-    """AdamW groups by (layer, decayed or not), each with an "lr_scale"; one layer only without layer_decay.
+    """Optimizer groups by (layer, decayed or not), each with an "lr_scale". One layer without
+    layer_decay.
 
-    Not decayed: 1-D tensors and biases. Class token, mask token and position tables are, as in the release's MaskFeat
-    configs. lr_scale: layer_decay ** (depth + 1 - layer_id), so 1 for the head.
+    1-D tensors and biases are not decayed. Class token, mask token and position tables are
+    (release, MaskFeat configs). lr_scale is layer_decay ** (depth + 1 - layer_id), 1 at the head.
     """
     depth = len(model.blocks) if layer_decay != 1 else 0
     groups = {}
@@ -122,63 +189,92 @@ def param_groups(model, weight_decay, layer_decay=1.0):
             continue
         plain = p.ndim < 2 or name.endswith(".bias")
         layer = layer_id(name, depth) if layer_decay != 1 else 1
-        group = groups.setdefault((layer, plain), {"params": [], "weight_decay": 0.0 if plain else weight_decay,
-                                                   "lr_scale": layer_decay ** (depth + 1 - layer)})
+        group = groups.setdefault((layer, plain), {
+            "params": [], "weight_decay": 0.0 if plain else weight_decay,
+            "lr_scale": layer_decay ** (depth + 1 - layer)})
         group["params"].append(p)
-    return [groups[key] for key in sorted(groups)]                            # decayed before not, layer by layer
+    return [groups[key] for key in sorted(groups)]            # decayed before not, layer by layer
+
+
+def make_optimizer(model, recipe):
+    """AdamW, or SGD with Nesterov momentum 0.9 where a recipe asks for it."""
+    groups = param_groups(model, recipe.weight_decay, getattr(recipe, "layer_decay", 1.0))
+    if getattr(recipe, "optimizer", "adamw") == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, recipe.beta2), fused=True)
 
 
 def mixed_precision(amp, device):
-    """(name, autocast, gradient scaler) for amp = auto, fp32, bf16 or fp16; call `autocast()` for a context."""
+    """(name, autocast, gradient scaler) for amp = auto, fp32, bf16 or fp16. Call `autocast()`."""
     if amp == "auto":
         on_gpu = device.type == "cuda"
         fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         amp = "bf16" if fast else "fp16" if on_gpu else "fp32"
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-    return amp, functools.partial(torch.autocast, device.type, dtype=dtype, enabled=amp != "fp32"), \
-        torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=amp != "fp32")
+    return amp, autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
 
-def plan_batch(batch_size, samples, device_batch, world, given):
-    """(global batch size, micro-batches per rank and step). A batch that was not given is at most 1/16 of the samples.
+def should_compile(choice, device, print0=print):
+    """Whether to torch.compile, for choice = on, off or auto (on a GPU, where a compiler works).
 
-    A rank's share is cut into the fewest equal parts of at most device_batch. Raises ValueError if it does not divide.
+    Raises ValueError if it is on and cannot work, such as without a C++ compiler.
     """
-    if not given and batch_size > samples // 16:
-        batch_size = max(2 ** int(math.log2(max(samples // 16, 1))) // world, 1) * world
-    if batch_size % world:
-        raise ValueError(f"batch_size={batch_size} does not divide over {world} processes: use a multiple")
-    if batch_size > samples:
-        raise ValueError(f"batch_size={batch_size} is more than the {samples} samples: use {samples} or less")
-    share = batch_size // world
-    return batch_size, next(n for n in range(1, share + 1) if share % n == 0 and share // n <= max(device_batch, 1))
+    if choice == "off" or choice == "auto" and device.type != "cuda":
+        return False
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+        return True
+    except Exception as error:  # no C compiler, no Triton, an unwritable cache, a new Python
+        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+        remedy = "install a C compiler such as gcc"
+        if "[Errno" in str(error):
+            remedy = "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
+        text = f"torch.compile does not work here ({reason[:200]}): {remedy}"
+        if choice == "on":
+            raise ValueError(f"--compile on: {text}, or use --compile off") from None
+        print0(f"{text}; training goes on without it")
+        return False
 
 
-def loader_workers(workers, device):
-    """Loader processes per rank: as given, or -1 by the number of cores; a CPU is busy enough with the model."""
-    if workers >= 0:
-        return workers
-    if device.type == "cpu":
-        return 1
-    return min(16, max(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1))
+def plan_batch(recipe, samples, world, is_given, print0):
+    """(recipe with its final batch_size, samples per forward pass, passes per rank and step).
+
+    A batch that was not given is at most 1/16 of the samples. A rank's share is cut into the fewest
+    equal parts of at most device_batch. Raises ValueError if the batch does not divide.
+    """
+    size = recipe.batch_size
+    if not is_given and size > samples // 16:
+        size = max(2 ** int(math.log2(max(samples // 16, 1))) // world, 1) * world
+        print0(f"batch_size {recipe.batch_size} -> {size}: the data set has only {samples} samples")
+    if size % world:
+        raise ValueError(f"batch_size={size} is no multiple of the {world} processes: use one")
+    if size > samples:
+        raise ValueError(f"batch_size={size} is more than the {samples} samples: use fewer")
+    share, most = size // world, max(recipe.device_batch // getattr(recipe, "repeats", 1), 1)
+    parts = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most)
+    return dataclasses.replace(recipe, batch_size=size), share // parts, parts
 
 
-def report_unreadable(new, known, total, say):
-    """Name each unreadable file once; too many of them end the run. new: (path, reason) pairs; known: dict, added to."""
-    for path, reason in new:
-        if path not in known:
-            known[path] = reason
-            say(f"unreadable, replaced by another: {path}: {reason}")
-    if len(known) > MAX_UNREADABLE * total:
-        raise ValueError(f"{len(known)} of {total} files cannot be read, more than {MAX_UNREADABLE:.0%}: "
-                         f"{', '.join(sorted(known))}")
+def print_setup(name, recipe, model, optimizer, world, device_batch, amp, print0):
+    """What is about to be trained, and how."""
+    fields = ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(recipe).items())
+    print0(f"recipe {name}: {fields}")
+    size, weights = recipe.batch_size, list(model.parameters())
+    stem = optimizer.param_groups[0]["lr_scale"]
+    print0(f"batch {size} = {world} processes x {device_batch} samples x "
+           f"{size // world // device_batch} accumulated; peak lr {recipe.lr:g} x "
+           f"{size}/{recipe.lr_batch} = {recipe.lr * size / recipe.lr_batch:g}"
+           + (f" at the head, x {stem:.2g} at the stem" if stem != 1 else "")
+           + f"; {amp} on {weights[0].device}; {sum(p.numel() for p in weights) / 1e6:.1f} M "
+           "parameters")
 
 
-# -------------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path, checkpoint):
-    """torch.save a dict beside `path`, then rename over it: a reader finds the old file or the new, never half."""
-    beside = path + ".tmp"                                                    # what a kill leaves, the next save replaces
+    """torch.save a dict beside `path`, then rename it: a reader finds the old file or the new."""
+    beside = path + ".tmp"                    # what a kill leaves, the next save replaces
     try:
         with open(beside, "wb") as f:
             torch.save(checkpoint, f)
@@ -186,56 +282,289 @@ def save_checkpoint(path, checkpoint):
             os.fsync(f.fileno())
         os.replace(beside, path)
     finally:
-        if os.path.exists(beside):                                            # disk full, say
+        if os.path.exists(beside):            # the disk is full, say
             os.unlink(beside)
 
 
 def read_checkpoint(path):
-    """The dict in a checkpoint file, on the CPU. Only tensors, plain values and argparse.Namespace (MAE and DINO keep their
-    options in one) are unpickled: no code of the file runs.
+    """The dict in a checkpoint file, on the CPU.
 
-    Raises FileNotFoundError, or ValueError for a file that is damaged or holds anything else.
+    Only tensors, plain values and argparse.Namespace (MAE and DINO keep their options in one) are
+    unpickled: no code of the file runs. Raises FileNotFoundError, or ValueError for a file that is
+    damaged or holds anything else.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                                # zip, pickle, EOF, OS: all mean the same
-        reason = str(error).strip().splitlines()
-        reason = next((line for line in reason if "WeightsUnpickler" in line or "nsupported" in line), reason[0]) \
-            if reason else type(error).__name__
-        raise ValueError(f"{path} is damaged or not a checkpoint of tensors and plain values: {reason[:200]}") from None
+    except Exception as error:                # zip, pickle, EOF, OS: all mean the same
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        telling = [line for line in lines if "WeightsUnpickler" in line or "nsupported" in line]
+        reason = (telling or lines)[0]
+        raise ValueError(f"{path} is damaged or not a checkpoint of tensors and plain values: "
+                         f"{reason[:200]}") from None
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a dict: not a checkpoint")
+        raise ValueError(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}")
     return checkpoint
 
 
-def refuse_other_run(path, checkpoint, recipe, fingerprint, run_fields):
-    """A run goes on only as what it was: same recipe (a dataclass) but for `run_fields`, same data set."""
+def check_resume(path, checkpoint, recipe, fingerprint, run_fields):
+    """A run goes on only with the same recipe (but for `run_fields`) and the same data.
+
+    A field that the file lacks is newer than the file and had its default then.
+    """
     needed = "model", "optimizer", "scaler", "step", "skipped", "recipe", "data"
-    missing = [key for key in needed if key not in checkpoint]
-    if missing:
-        raise ValueError(f"{path} is no training checkpoint, it lacks {', '.join(missing)}: choose another --out")
-    old, new = checkpoint["recipe"], dataclasses.asdict(recipe)
-    differs = [f"{key}={new[key]} (was {old.get(key)})" for key in new
-               if key not in run_fields and new[key] != old.get(key)]
+    if missing := [key for key in needed if key not in checkpoint]:
+        raise ValueError(f"{path} is no training checkpoint, it lacks {', '.join(missing)}: choose "
+                         "another --out")
+    old = {**dataclasses.asdict(type(recipe)()), **checkpoint["recipe"]}
+    new = dataclasses.asdict(recipe)
+    differs = [f"{key}={value} (was {old[key]})" for key, value in new.items()
+               if key not in run_fields and value != old[key]]
     if differs:
-        raise ValueError(f"--resume: {path} was made by another recipe; different here: {', '.join(differs)}")
+        raise ValueError(f"--resume: {path} was made by another recipe, different here: "
+                         f"{', '.join(differs)}")
     if checkpoint["data"] != fingerprint:
-        raise ValueError(f"--resume: the files in {recipe.data} are not those {path} was trained on")
+        raise ValueError(f"--resume: the files in {recipe.data} are not those that {path} was "
+                         "trained on")
 
 
-# --------------------------------------------------------------------------------------------------------------- logs
+def find_checkpoint(recipe):
+    """The content of OUT/last.pt if the run is to be resumed and there is one, else None.
+
+    Raises ValueError if a new run would write over an old one.
+    """
+    checkpoint_path = os.path.join(recipe.out, "last.pt")
+    for path in (checkpoint_path, os.path.join(recipe.out, "log.jsonl")):
+        if os.path.exists(path) and not recipe.resume:
+            raise ValueError(f"{path} exists: go on with --resume, or choose another --out. "
+                             "Nothing is written over it")
+    return read_checkpoint(checkpoint_path) if os.path.exists(checkpoint_path) else None
+
+
+# ------------------------------------------------------------------------------------------- a run
+
+class Stopped(Exception):
+    """Raised by a signal handler to end the waiting for data."""
+
+
+class StopSignal:
+    """SIGTERM and SIGINT set a flag and end the waiting for data. The second one exits at once.
+
+    `agreed()` is the name of the signal if any rank got one, else "".
+    """
+
+    def __init__(self):
+        self.number, self.waiting = 0, False
+        self.usual = {number: signal.signal(number, self.receive)
+                      for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def release(self):
+        """Give both signals back their usual effect, where there is nothing to save."""
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
+
+    def receive(self, number, frame):
+        if self.number:
+            sys.exit(128 + number)
+        self.number = number
+        if self.waiting:
+            raise Stopped
+
+    def agreed(self):
+        """All ranks must call it: they leave at the same step or not at all."""
+        number = torch.tensor(self.number)
+        if dist.is_initialized():
+            dist.all_reduce(number, dist.ReduceOp.MAX)        # a CPU tensor: no wait for the GPU
+        return signal.Signals(number.item()).name if number else ""
+
+
+class Run:
+    """The bookkeeping of one training run: step, log, checkpoint, signals, waits for data.
+
+    The loop and its steps stay in the script:
+
+        run = Run(...)                                        # goes on from a checkpoint if given
+        while run.step < run.total_steps:
+            lr = run.start_step()
+            for micro in range(accumulate):
+                batch = run.next_batch(batches)               # leaves on a signal
+                ...                                           # forward, backward
+            run.end_step(loss, lr)                            # clip, step or skip, log, save
+        run.finish()
+
+    recipe: with out, seed, clip_grad, log_every, save_minutes and what `set_lr` reads.
+    checkpoint: what `find_checkpoint` found. extra: more to save. fingerprint: of the data.
+    num_files: in the data set, for the limit of unreadable ones. unit: "video", "image", "clip".
+    """
+
+    def __init__(self, recipe, model, optimizer, scaler, *, steps_per_epoch, fingerprint, num_files,
+                 unit, device, checkpoint=None, run_fields=(), extra=None):
+        self.recipe, self.model, self.optimizer, self.scaler = recipe, model, optimizer, scaler
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, recipe.epochs * steps_per_epoch
+        self.fingerprint, self.num_files, self.unit = fingerprint, num_files, unit
+        self.device, self.extra = device, extra or {}
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.print0 = tqdm.write if self.rank == 0 else lambda line: None
+        self.checkpoint_path = os.path.join(recipe.out, "last.pt")
+        self.log_path = os.path.join(recipe.out, "log.jsonl")
+        self.step = self.skipped = 0
+        if checkpoint:
+            check_resume(self.checkpoint_path, checkpoint, recipe, fingerprint, run_fields)
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            if checkpoint["scaler"]:                          # empty but for fp16
+                scaler.load_state_dict(checkpoint["scaler"])
+            self.step, self.skipped = checkpoint["step"], checkpoint["skipped"]
+            self.print0(f"resumed {self.checkpoint_path} at step {self.step}")
+        if len(set(gather_list([self.step]))) > 1:
+            raise ValueError(f"not all nodes see the same {self.checkpoint_path}: put --out on a "
+                             "file system that they share")
+        os.makedirs(recipe.out, exist_ok=True)
+        self.log = Logger(self.log_path, self.step, self.rank)
+        self.saved_step, self.skipped_in_row, self.save_is_due = self.step, 0, False
+        self.unreadable, self.new_unreadable = {}, {}         # path: reason
+        self.loss_sum, self.loss_steps = torch.zeros((), device=device), 0
+        self.save_time = time.monotonic()
+        self.restart_clock()
+        self.stop = StopSignal()
+        self.bar = tqdm(total=self.total_steps, initial=self.step, unit="step", smoothing=0.1,
+                        disable=self.rank > 0, dynamic_ncols=True)
+
+    @property
+    def epoch(self):
+        """Passes over the data so far, with the fraction of the current one."""
+        return self.step / self.steps_per_epoch
+
+    def restart_clock(self):
+        """Start to count the time for samples per second anew."""
+        self.clock_step, self.clock, self.waited = self.step, time.perf_counter(), 0.0
+
+    def start_step(self):
+        """Seed by the step, so that a resumed run draws the same. Set and return the lr."""
+        seed_all(self.recipe.seed, self.step, self.rank)
+        return set_lr(self.optimizer, self.recipe, self.epoch)
+
+    def next_batch(self, batches):
+        """The next micro-batch. Leaves on a signal."""
+        start, batch = time.perf_counter(), None
+        try:
+            self.stop.waiting = True                          # from here a signal raises Stopped
+            try:
+                if not self.stop.number:
+                    batch = next(batches)
+            finally:
+                self.stop.waiting = False
+        except Stopped:
+            pass
+        self.waited += time.perf_counter() - start
+        self.exit_on_signal()
+        self.new_unreadable.update(batch["unreadable"])
+        return batch
+
+    def exit_on_signal(self):
+        """On a signal all ranks save, discard the unfinished step and exit. All must call it."""
+        if name := self.stop.agreed():
+            self.bar.close()
+            self.save_if_safe()
+            self.print0(f"stopped by {name} after step {self.step} of {self.total_steps}: "
+                        f"{self.checkpoint_path} holds step {self.saved_step}, go on with --resume")
+            sys.exit(128 + signal.Signals[name])
+
+    def end_step(self, loss, lr, **values):
+        """Clip, step or skip, then log and save where due.
+
+        loss: scalar tensor, this rank's mean over its part of the batch. values: more to log.
+        """
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), self.recipe.clip_grad or math.inf)
+        finite = torch.isfinite(grad_norm).item()             # of the mean over ranks: all agree
+        if finite:
+            self.scaler.step(self.optimizer)
+            self.loss_sum, self.loss_steps = self.loss_sum + loss, self.loss_steps + 1
+            self.skipped_in_row = 0
+        else:
+            self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.skipped_in_row == MAX_SKIPPED:
+            raise ValueError(f"the {MAX_SKIPPED} steps up to {self.step} gave a non-finite loss or "
+                             f"gradient: lower --lr, or use --amp fp32. {self.checkpoint_path} is "
+                             "as it was before them")
+        epoch_ends = self.step % self.steps_per_epoch == 0
+        if self.step <= 10 or self.step % self.recipe.log_every == 0 or epoch_ends:
+            self.write_log(lr, grad_norm.item() if finite else None, values)
+        self.bar.update()
+        late = time.monotonic() - self.save_time > 60 * self.recipe.save_minutes
+        self.save_is_due = self.save_is_due or late or epoch_ends
+        if self.save_is_due:
+            self.save_if_safe()
+
+    def write_log(self, lr, grad_norm, values):
+        """Average over ranks and over the steps since the last line. Print, and write log.jsonl."""
+        seconds = time.perf_counter() - self.clock
+        samples = self.recipe.batch_size * getattr(self.recipe, "repeats", 1)
+        speed = (self.step - self.clock_step) * samples / seconds
+        wait = reduce_mean(self.waited / seconds, self.device)
+        loss = None
+        if self.loss_steps:
+            loss = reduce_mean(self.loss_sum / self.loss_steps, self.device)
+        for path, reason in gather_list(list(self.new_unreadable.items())):
+            if path not in self.unreadable:
+                self.unreadable[path] = reason
+                self.print0(f"unreadable, replaced by another: {path}: {reason}")
+        if len(self.unreadable) > MAX_UNREADABLE * self.num_files:
+            raise ValueError(
+                f"{len(self.unreadable)} of {self.num_files} files cannot be read, more than "
+                f"{MAX_UNREADABLE:.0%}: {', '.join(sorted(self.unreadable))}")
+        self.bar.set_postfix_str(
+            f"loss {loss:.4f}, lr {lr:.1e}, {speed:.1f} {self.unit}s/s, waits {wait:.0%}"
+            if self.loss_steps else f"{self.skipped} steps skipped", refresh=False)
+        self.log(step=self.step, epoch=self.epoch, loss=loss, lr=lr, samples_per_second=speed,
+                 data_wait=wait, **values, grad_norm=grad_norm, skipped=self.skipped,
+                 unreadable=len(self.unreadable))
+        self.loss_sum, self.loss_steps = torch.zeros_like(self.loss_sum), 0
+        self.new_unreadable = {}
+        self.restart_clock()
+
+    def safe_to_save(self):
+        """Weights about to blow up are not saved. With fp16, one or two skipped steps are only the
+        loss scale that settles."""
+        return self.skipped_in_row < (3 if self.scaler.is_enabled() else 1)
+
+    def save_if_safe(self):
+        """Write OUT/last.pt, unless it holds this step or the weights are not safe to save."""
+        if self.saved_step == self.step or not self.safe_to_save():
+            return
+        if self.rank == 0:
+            save_checkpoint(self.checkpoint_path, {
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(), "step": self.step, "skipped": self.skipped,
+                "recipe": dataclasses.asdict(self.recipe), "data": self.fingerprint, **self.extra})
+        self.saved_step, self.save_time, self.save_is_due = self.step, time.monotonic(), False
+
+    def finish(self):
+        """Save the last step, give the signals back, and say how it went."""
+        self.bar.close()
+        self.save_if_safe()
+        self.stop.release()
+        self.print0(f"{self.step} steps, {self.skipped} skipped for non-finite gradients, "
+                    f"{len(self.unreadable)} unreadable files replaced; peak memory "
+                    f"{peak_memory(self.device):.2f} GiB")
+
 
 class Logger:
-    """Lines of JSON in `path`, on rank 0. Starting from a step drops what a killed run logged beyond it."""
+    """Lines of JSON in `path`, on rank 0. Starting from a step drops what a killed run logged after
+    it."""
 
     def __init__(self, path, step=0, rank=0):
         self.path = path if rank == 0 else None
         if self.path and os.path.exists(path):
             with open(path) as f:
-                lines = [line for line in f if line.endswith("\n")]           # a kill can leave half a line
+                lines = [line for line in f if line.endswith("\n")]  # a kill can leave half a line
             kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
             with open(path + ".tmp", "w") as f:
                 f.writelines(kept)
@@ -244,81 +573,102 @@ class Logger:
     def __call__(self, **values):
         if self.path:
             with open(self.path, "a") as f:
-                f.write(json.dumps({"time": round(time.time(), 3), **values}, allow_nan=False) + "\n")
+                line = {"time": round(time.time(), 3), **values}
+                f.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 def peak_memory(device):
     """Most memory used so far, in GiB: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    if os.path.exists("/proc/self/status"):                                   # Linux; ru_maxrss would count the parent's
+    if os.path.exists("/proc/self/status"):   # Linux, where ru_maxrss would count the parent's peak
         with open("/proc/self/status") as f:
             return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 30       # macOS: bytes
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 30   # macOS: bytes
 
 
-# ------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------ command line
 
 def option(default, help="", choices=None, alias=None):
-    """A field of a recipe. alias: a second name of its flag. A tuple of n values takes n or one, an empty one any number."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "alias": alias})
+    """A field of a recipe. alias: a second name of its flag. A tuple of n values takes n or one, an
+    empty one any number."""
+    metadata = {"help": help, "choices": choices, "alias": alias}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def check_positive(recipe, *names):
-    for name in names:
-        if not getattr(recipe, name) > 0:
-            raise ValueError(f"{name}={getattr(recipe, name)} is not positive")
+def check_numbers(recipe, positive=(), not_negative=(), shares=()):
+    """Raise ValueError for a field out of its range. shares: from 0 to 1."""
+    for names, fits, range_ in ((positive, lambda v: v > 0, "positive"),
+                                (not_negative, lambda v: v >= 0, "zero or more"),
+                                (shares, lambda v: 0 <= v <= 1, "a share from 0 to 1")):
+        for name in names:
+            if not fits(getattr(recipe, name)):
+                raise ValueError(f"{name}={getattr(recipe, name)} is not {range_}: change "
+                                 f"--{name.replace('_', '-')}")
 
 
 def parse_recipe(recipes, description, argv=None):
     """A recipe from the command line: a row of `recipes`, with any field overridden by --field.
 
-    recipes: {name: frozen dataclass}. --recipe picks the row, else --model the first row of that model, else the first
-    row. Tuples take all their values or one for all, booleans also --no-field. Returns (name, recipe, names of what was given).
+    recipes: {name: frozen dataclass}. --recipe picks the row, else --model the first row of that
+    model, else it is the first row. Tuples take all their values or one for all, booleans also
+    --no-field. Returns (name, recipe, names of the fields that were overridden).
     """
     first = next(iter(recipes.values()))
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument("--recipe", choices=list(recipes), help="row to start from; default: the first of --model")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
+    parser.add_argument("--recipe", choices=list(recipes),
+                        help="row to start from, by default the first of --model")
     for field in dataclasses.fields(first):
-        default, flags = getattr(first, field.name), ["--" + field.name.replace("_", "-")]
-        about = {"default": argparse.SUPPRESS, "help": field.metadata.get("help", ""), "dest": field.name}
-        if field.metadata.get("alias"):
-            flags.append(field.metadata["alias"])
-        if field.metadata.get("choices"):
-            about["choices"] = field.metadata["choices"]
+        default, meta = getattr(first, field.name), field.metadata
+        flags = ["--" + field.name.replace("_", "-"), *filter(None, [meta.get("alias")])]
+        about = {"default": argparse.SUPPRESS, "help": meta.get("help", ""), "dest": field.name}
+        if meta.get("choices"):
+            about["choices"] = meta["choices"]
         if isinstance(default, bool):
-            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **about)
+            about["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, tuple):
-            parser.add_argument(*flags, type=type(default[0]) if default else str, nargs="+", **about)
+            about |= {"type": type(default[0]) if default else str, "nargs": "+"}
         else:
-            parser.add_argument(*flags, type=type(default), **about)
-    given = vars(parser.parse_args(argv))
-    named = given.pop("recipe")
-    name = named or next((n for n, r in recipes.items() if r.model == given.get("model", first.model)), None)
+            about["type"] = type(default)
+        parser.add_argument(*flags, **about)
+    overrides = vars(parser.parse_args(argv))
+    named = overrides.pop("recipe")
+    model = overrides.get("model", first.model)
+    name = named or next((n for n, row in recipes.items() if row.model == model), None)
     if name is None:
-        parser.error(f"no recipe is for --model {given['model']}: name one with --recipe, from {', '.join(recipes)}")
-    for key, values in given.items():
-        if isinstance(values, list):                                          # one value stands for all
+        parser.error(f"no recipe is for --model {model}: name one with --recipe, from "
+                     f"{', '.join(recipes)}")
+    for key, values in overrides.items():
+        if isinstance(values, list):          # one value stands for all
             length = len(getattr(first, key)) or len(values)
             if len(values) not in (1, length):
-                parser.error(f"--{key.replace('_', '-')} takes 1 or {length} values, not {len(values)}")
-            given[key] = tuple(values) * (length // len(values))
-    return name, dataclasses.replace(recipes[name], **given), set(given) | ({"recipe"} if named else set())
+                parser.error(f"--{key.replace('_', '-')} takes 1 or {length} values, not "
+                             f"{len(values)}")
+            overrides[key] = tuple(values) * (length // len(values))
+    changed = set(overrides) | ({"recipe"} if named else set())
+    return name, dataclasses.replace(recipes[name], **overrides), changed
 
 
 def run_main(main):
-    """Run a script's main(); what the user can mend (ValueError, OSError) is one line on stderr and exit status 2."""
+    """Run a script's main(). What the user can mend (ValueError, OSError) is one line on stderr and
+    exit status 2."""
+    for stream in (sys.stdout, sys.stderr):   # no path is too foreign to be printed
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         where = "error" if rank == "0" else f"error (rank {rank})"
         message = str(error).strip()
-        if "Original Traceback" in message:                                   # from a loader process: its last line
+        if "Original Traceback" in message:   # from a loader process: its last line
             message = message.splitlines()[-1]
         print(f"{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
         sys.exit(2)
     if dist.is_initialized():
-        dist.barrier()                                                        # a rank that left early can make gloo abort
+        dist.barrier()                        # a rank that leaves early can make gloo abort
         dist.destroy_process_group()

@@ -114,6 +114,39 @@ def find_samples(root, split="train", limit_per_class=0):
     return _limit(samples, limit_per_class) if limit_per_class else samples
 
 
+def find_labeled(root, split, classes=(), num_classes=0, limit_per_class=0):
+    """(samples, names of the classes) of one split whose files all have labels.
+
+    classes, num_classes: what the names and their number must be, if known already. Classes without
+    names are called by their numbers. Raises ValueError if the data do not agree.
+    """
+    samples = find_samples(root, split, limit_per_class)
+    if unlabeled := sum(label < 0 for label in samples.labels):
+        raise ValueError(f"{root}: {unlabeled} of the {len(samples)} files in its {split} part have "
+                         "no label: put them into a folder per class, or give a csv with labels")
+    named = list(samples.classes)
+    if classes and named and named != list(classes) and len(named) == len(classes) \
+            and not classes[0].isdigit():
+        raise ValueError(f"the classes of {root}, {', '.join(named[:3])} ..., are not those of the "
+                         f"checkpoint, {', '.join(classes[:3])} ...")
+    names = list(classes) or named or [
+        str(i) for i in range(num_classes or max(samples.labels) + 1)]
+    if len(named or names) != len(names):
+        lacks, adds = (", ".join(sorted(a - b)[:3]) or "none" for a, b in
+                       ((set(names), set(named)), (set(named), set(names))))
+        raise ValueError(f"{root} has {len(named)} classes, not {len(names)} as the checkpoint: it "
+                         f"lacks {lacks}, and adds {adds}")
+    if len(names) != (num_classes or len(names)):
+        raise ValueError(f"{root} has {len(names)} classes, not {num_classes}: choose other data, "
+                         "or another --num-classes")
+    if len(names) < 2:
+        raise ValueError(f"{root} has one class only, {names[0]}: there is nothing to tell apart")
+    if max(samples.labels) >= len(names):
+        raise ValueError(f"label {max(samples.labels)} in the {split} part of {root} is not one of "
+                         f"{len(names)} classes")
+    return samples, names
+
+
 def _limit(samples, limit):
     """At most `limit` files of each class: every k-th, k real, of the class's files in order. No random numbers."""
     sizes, seen, kept = Counter(samples.labels), Counter(), []

@@ -7,6 +7,18 @@ from targets import TARGETS
 MODELS = {**mvit.MODELS, **vit.MODELS}
 
 
+def takes_clips(name):
+    return name in mvit.MODELS
+
+
+def check_kind(name, samples):
+    """Raise ValueError unless the model takes what the samples (layouts.Samples) are."""
+    if takes_clips(name) != (samples.kind == "video"):
+        kind, others = ("clips", vit.MODELS) if takes_clips(name) else ("images", mvit.MODELS)
+        raise ValueError(f"model={name} takes {kind}, but {samples.root} holds {samples.kind}s: use "
+                         f"--model {' or '.join(others)}")
+
+
 def builder(name):
     """The constructor of an encoder, by name."""
     if name not in MODELS:

@@ -1,24 +1,26 @@
-"""MaskFeat pre-training (Sec. 2.1, 4, 5): mask cubes of clips or blocks of images, regress HOG of what is hidden.
+"""MaskFeat pre-training (Sec. 2.1, 4, 5): hide cubes of clips or blocks of images, and regress HOG
+of what is hidden.
 
-    torchrun pretrain.py                                                   # made-up clips, a small model: any CPU
-    torchrun pretrain.py --data k400/ --model mvitv2_s                     # one GPU
-    torchrun --nproc_per_node=8 pretrain.py --data k400/ --model mvitv2_s  # one node
-    torchrun --nnodes=16 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py \\
-        --data k400/ --model mvitv2_s
-    torchrun --nproc_per_node=8 pretrain.py --data imagenet/ --model vit_b
-    torchrun --nproc_per_node=8 pretrain.py --data imagenet/ --model vit_b --target dino --teacher dino_vitb16.pth
-    python pretrain.py --data k400/ --model mvitv2_s --target dvae --teacher encoder.pkl --dry-run   # what it costs
+    python pretrain.py                                       # made-up clips, recipe `tiny`: any CPU
+    torchrun pretrain.py --data k400/ --model mvitv2_s                                     # one GPU
+    torchrun --nproc_per_node=8 pretrain.py --data k400/ --model mvitv2_s                 # one node
+    torchrun --nnodes=16 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        pretrain.py --data k400/ --model mvitv2_s                                          # sixteen
+    torchrun --nproc_per_node=8 pretrain.py --data imagenet/ --model vit_b                 # Table 7
+    torchrun --nproc_per_node=8 pretrain.py --data imagenet/ --model vit_b \\
+        --target dino --teacher dino_vitb16.pth                                       # Tables 1, 2
+    python pretrain.py --data k400/ --model mvitv2_s --dry-run                  # what it would cost
 
-Writes OUT/last.pt (weights, optimizer, step, recipe), OUT/log.jsonl, OUT/loss.png and OUT/prediction.png. Stopped or
-killed, it goes on from OUT/last.pt with --resume.
+Writes OUT/last.pt (weights, optimizer, step, recipe), OUT/log.jsonl, OUT/loss.png and
+OUT/prediction.png. A run that was stopped or killed goes on from OUT/last.pt with --resume.
 """
 import dataclasses
 import os
-import signal
-import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
+
+import engine
+from engine import option
 
 import torch
 from tqdm import tqdm
@@ -26,54 +28,52 @@ from tqdm import tqdm
 import data
 import layouts
 import masking
-import mvit
-import synthetic
+import models
 import visualize
-from models import MODELS, build_maskfeat
-from engine import (MAX_SKIPPED, Logger, StopSignal, check_positive, gather_list, init_distributed, loader_workers, lr_at,
-                    mixed_precision, option, param_groups, parse_recipe, peak_memory, plan_batch, read_checkpoint,
-                    reduce_mean, refuse_other_run, report_unreadable, run_main, save_checkpoint, seed_all)
-from tools.flops import Counter, count_flops
 from targets import TARGETS
+from tools import synthetic
+from tools.flops import count_flops, target_flops
 
-# ------------------------------------------------------------------------------------------------------------ recipes
-# Learning rates belong to a global batch of `lr_batch` samples, as in the release's configs (one 8-GPU node), and are
-# scaled by batch_size / lr_batch: 1e-4 at 32 clips is 1.6e-3 at 512, 2e-4 at 256 images is 1.6e-3 at 2048.
+# ----------------------------------------------------------------------------------------- recipes
+# Learning rates belong to a global batch of `lr_batch` samples, as in the release's configs of one
+# 8-GPU node. They are scaled by batch_size / lr_batch: 1e-4 at 32 clips is 1.6e-3 at 512, and 2e-4
+# at 256 images is 1.6e-3 at 2048. The global batches are ours, chosen so that both end at 1.6e-3.
 
 @dataclass(frozen=True)
 class Recipe:
     # model and input
-    model: str = option("mvitv2_s", "encoder preset", tuple(MODELS))
-    image_size: tuple = option((224, 224), "height and width in pixels")
-    num_frames: int = option(16, "frames per clip", alias="--frames")                 # Sec. 4.1: 16x4
+    model: str = option("mvitv2_s", "encoder", tuple(models.MODELS))
+    image_size: tuple = option((224, 224), "height and width in pixels")              # Sec. 4, 5
+    num_frames: int = option(16, "frames per clip", alias="--frames")                # Table 3: 16x4
     sampling_rate: int = option(4, "stride between frames, at 30 fps")
-    output_stride: int = option(16, "pixels per predicted token of MViT")             # release: 16 in pre-training
+    output_stride: int = option(16, "pixels per predicted token of MViT")             # release
     patch_size: int = option(16, "pixels per token of ViT")
     expand: str = option("mlp", "where MViT widens", ("mlp", "attn"))
-    drop_path: float = option(0.0, "stochastic depth rate at the last block")         # release: 0 in pre-training
-    mean: tuple = option((0.45, 0.45, 0.45), "RGB mean of the input in [0, 1]")       # release, Kinetics
+    drop_path: float = option(0.0, "stochastic depth rate at the last block")         # release
+    mean: tuple = option((0.45, 0.45, 0.45), "RGB mean of the input in [0, 1]")       # release
     std: tuple = option((0.225, 0.225, 0.225), "RGB standard deviation")
-    crop_scale: tuple = option((0.5, 1.0), "area range of the random crop")           # Sec. 4.1, 5.1
+    crop_scale: tuple = option((0.5, 1.0), "area range of the random crop")           # release
     flip: float = option(0.5, "probability of a horizontal flip")
     # masking
-    mask: str = option("cube", "masking", tuple(masking.MASKS))                       # Table 6: cube is best
-    mask_ratio: float = option(0.4, "share of tokens to mask")                        # Table 7
-    frame_runs: bool = option(True, "frame masking: runs of frames (paper), or single ones (release)")
+    mask: str = option("cube", "masking", tuple(masking.MASKS))                       # Table 6
+    mask_ratio: float = option(0.4, "share of tokens to mask")                        # Sec. 4, 5
+    frame_runs: bool = option(True, "frame mask: runs of frames (paper), or single ones (release)")
     # target
     target: str = option("hog", "what to predict", tuple(TARGETS))                    # Tables 1, 2
     bins: int = option(9, "HOG orientation bins")                                     # Table 8
     cell: int = option(8, "HOG cell side in pixels")
     norm: str = option("l2", "HOG normalization", ("none", "l1", "l2"))
-    color: str = option("rgb", "HOG colour space", ("gray", "rgb", "opponent"))
-    gradient: str = option("sobel", "HOG filter: release, or the paper's difference", ("sobel", "central"))
-    pixel_norm: str = option("dataset", "pixel target: paper, or release's default", ("dataset", "patch"))
-    teacher: str = option("", "file of the teacher's weights; for label, folder of the maps, if not beside the images")
-    align: str = option("bilinear", "teacher's map to token grid: see targets.py", ("bilinear", "nearest", "dilated"))
+    color: str = option("rgb", "HOG color space", ("gray", "rgb", "opponent"))
+    gradient: str = option("sobel", "HOG filter: release, or difference", ("sobel", "central"))
+    pixel_norm: str = option("dataset", "pixel target: paper, or release", ("dataset", "patch"))
+    teacher: str = option("", "file of the teacher's weights, or for label the folder of the maps")
+    align: str = option("bilinear", "teacher's map to token grid, see targets.py",
+                        ("bilinear", "nearest", "dilated"))
     label_classes: int = option(1000, "classes of the label maps")
-    label_order: str = option("xy", "box order of label maps: correct, or as released", ("xy", "released"))
+    label_order: str = option("xy", "box order of label maps: see targets.py", ("xy", "released"))
     # optimization
     epochs: int = option(300, "passes over the data")
-    batch_size: int = option(512, "samples per update over all GPUs; if not given, at most 1/16 of the data")
+    batch_size: int = option(512, "samples per update over all GPUs, at most 1/16 of all")
     lr: float = option(1e-4, "peak learning rate at lr_batch samples per update")
     lr_batch: int = option(32, "batch that the three learning rates belong to")
     warmup_epochs: float = option(10.0, "epochs of linear warm-up")
@@ -84,15 +84,16 @@ class Recipe:
     clip_grad: float = option(0.02, "largest total gradient norm")                    # release
     seed: int = option(0, "of everything random")
     # the run
-    data: str = option("", "folder with the data; none: clips are made in data/synthetic")
-    out: str = option("out/pretrain", "folder for checkpoint, log and picture")
+    data: str = option("", "folder with the data; without one, clips are made in data/synthetic")
+    out: str = option("out/pretrain", "folder for checkpoint, log and pictures")
     resume: bool = option(False, "go on from OUT/last.pt if there is one")
-    device_batch: int = option(8, "most samples per GPU and forward pass; the rest is accumulated")
-    amp: str = option("auto", "auto: bf16 on GPU (fp16 before Ampere), fp32 on CPU", ("auto", "fp32", "bf16", "fp16"))
-    compile: str = option("auto", "torch.compile; auto: on GPU", ("auto", "on", "off"))
+    device_batch: int = option(8, "most samples per GPU and forward pass, 1 on a CPU")
+    amp: str = option("auto", "precision; auto: bf16 on a GPU (fp16 before Ampere), fp32 on a CPU",
+                      ("auto", "fp32", "bf16", "fp16"))
+    compile: str = option("auto", "torch.compile; auto: on a GPU", ("auto", "on", "off"))
     checkpointing: bool = option(False, "recompute activations: less memory, a third more time")
-    workers: int = option(-1, "loader processes per GPU; -1: by the number of CPU cores, 1 without GPU")
-    save_minutes: float = option(15.0, "minutes between checkpoints; there is one per epoch as well")
+    workers: int = option(-1, "loader processes per GPU; -1: one per CPU core, 1 without a GPU")
+    save_minutes: float = option(15.0, "minutes between checkpoints; one per epoch as well")
     log_every: int = option(10, "steps between lines of the log, after the first ten")
     dry_run: bool = option(False, "two steps, then what the run would cost; nothing is written")
 
@@ -102,252 +103,182 @@ IMAGENET = Recipe(
     mask="block", lr=2e-4, lr_batch=256, batch_size=2048, warmup_epochs=30, device_batch=64,
     mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 RECIPES = {
-    "default": Recipe(  # ours: about four minutes on two CPU cores
-        model="mvit_tiny", image_size=(64, 64), num_frames=8, output_stride=8, epochs=26, batch_size=4, lr=4e-4,
-        lr_batch=4, warmup_epochs=1, warmup_lr=1e-5, min_lr=1e-5, clip_grad=1.0),
-    "k400_mvitv2_s": KINETICS,                                                        # Sec. 4.1; release: S, 300 epochs
-    "k400_mvitv2_b": replace(KINETICS, model="mvitv2_b"),                             # ours, by analogy
-    "k400_mvitv2_l": replace(KINETICS, model="mvitv2_l", epochs=800, device_batch=4),  # Table 3: 800 epochs
-    "in1k_vit_b": replace(IMAGENET, model="vit_b", epochs=1600),                      # Table 7: 1600 epochs
+    "tiny": Recipe(                                           # ours: four minutes on two CPU cores
+        model="mvit_tiny", image_size=(64, 64), num_frames=8, output_stride=8, epochs=26,
+        batch_size=4, lr=4e-4, lr_batch=4, warmup_epochs=1, warmup_lr=1e-5, min_lr=1e-5,
+        clip_grad=1.0),
+    "k400_mvitv2_s": KINETICS,                                                # Tables 1, 3; release
+    "k400_mvitv2_b": replace(KINETICS, model="mvitv2_b"),                     # ours, by analogy
+    "k400_mvitv2_l": replace(KINETICS, model="mvitv2_l", epochs=800, device_batch=4),  # Table 3
+    "in1k_vit_b": replace(IMAGENET, model="vit_b", epochs=1600),              # Table 7
     "in1k_vit_l": replace(IMAGENET, model="vit_l", epochs=1600, device_batch=32),
-    "vit_tiny": replace(IMAGENET, model="vit_tiny", image_size=(64, 64), patch_size=8, epochs=50, batch_size=256,
-                        lr=5e-4, warmup_epochs=5, clip_grad=1.0),                     # ours: 64x64 images on a CPU
+    "vit_tiny": replace(                                      # ours: 64x64 images on a CPU
+        IMAGENET, model="vit_tiny", image_size=(64, 64), patch_size=8, epochs=50, batch_size=256,
+        lr=5e-4, warmup_epochs=5, clip_grad=1.0),
 }
-# What may change when a run is resumed: where and how it runs. (device_batch and amp do change rounding, and how much a
-# sample with few masked tokens counts in the mean.)
-RUN_FIELDS = {"data", "out", "resume", "device_batch", "amp", "compile", "checkpointing", "workers", "save_minutes",
-              "log_every", "dry_run"}
+# A resumed run may change where and how it runs. (device_batch and amp change rounding, and how
+# much a sample with few masked tokens counts in the mean.)
+RUN_FIELDS = {"data", "out", "resume", "device_batch", "amp", "compile", "checkpointing", "workers",
+              "save_minutes", "log_every", "dry_run"}
 
 
 def check(recipe, samples):
-    """Flags that contradict each other or the data, before anything is built."""
-    video = recipe.model in mvit.MODELS
-    if video != (samples.kind == "video"):
-        raise ValueError(f"model={recipe.model} takes {'clips' if video else 'images'}, but {recipe.data} holds "
-                         f"{samples.kind}s: use --model {'vit_b or vit_tiny' if video else 'mvitv2_s or mvit_tiny'}")
+    """Raise ValueError for flags that contradict each other or the data."""
+    models.check_kind(recipe.model, samples)
+    video = samples.kind == "video"
     if video == (recipe.mask == "block"):
         raise ValueError(f"mask={recipe.mask} does not suit {recipe.model}: use --mask "
                          f"{'cube, tube or frame' if video else 'block'}")
     if recipe.target == ("label" if video else "mvit_b"):
-        raise ValueError(f"target={recipe.target} is for {'images' if video else 'clips'}, {recipe.data} holds "
-                         f"{samples.kind}s: use another --target")
+        raise ValueError(f"target={recipe.target} is not for {samples.kind}s: use another "
+                         "--target")
     if recipe.teacher and recipe.target in ("hog", "pixel"):
-        raise ValueError(f"--teacher {recipe.teacher}: target={recipe.target} has no teacher, choose another --target")
-    check_positive(recipe, "epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every", "clip_grad",
-                   "sampling_rate", "output_stride", "patch_size", "cell", "bins", "label_classes")
+        raise ValueError(f"--teacher {recipe.teacher}: target={recipe.target} has no teacher, "
+                         "choose another --target")
+    engine.check_numbers(recipe, positive=(
+        "epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every", "clip_grad",
+        "sampling_rate", "output_stride", "patch_size", "cell", "bins", "label_classes"))
     if not 0 < recipe.mask_ratio < 1:
         raise ValueError(f"mask_ratio={recipe.mask_ratio} is not between 0 and 1")
     if not 0 < recipe.crop_scale[0] <= recipe.crop_scale[1] <= 1:
         raise ValueError(f"crop_scale={recipe.crop_scale} is not an increasing range within (0, 1]")
 
 
-def target_flops(model, x, extra):
-    """FLOPs of the target of the samples in x, counted as those of the student (flops.py)."""
-    counter = Counter()
-    hooks = [module.register_forward_pre_hook(lambda m, args: setattr(counter, "width", m.qkv.out_features // 3))
-             for module in model.target.modules() if hasattr(module, "qkv")]
-    with torch.no_grad(), counter:
-        model.compute_target(x, extra)
-    for hook in hooks:
-        hook.remove()
-    return counter.macs + 5 * counter.normed
-
-
 def main():
-    name, recipe, given = parse_recipe(RECIPES, __doc__)
-    rank, world, device = init_distributed()
-    stop = StopSignal()
-    say = tqdm.write if rank == 0 else lambda line: None
-
-    # ------------------------------------------------------------------------------------------------------------ data
-    if not recipe.data:
-        recipe = replace(recipe, data="data/synthetic")
-        if rank == 0 and not os.path.isdir(recipe.data):
-            say(f"no --data: making clips in {recipe.data}, once")
-        synthetic.make_dataset(recipe.data)                                   # safe if all ranks do it at once
-    samples = layouts.find_samples(recipe.data, "train")
-    check(recipe, samples)
-    size, accumulate = plan_batch(recipe.batch_size, len(samples), recipe.device_batch, world, "batch_size" in given)
-    if size != recipe.batch_size:
-        say(f"batch_size {recipe.batch_size} -> {size}: the data set has only {len(samples)} samples")
-        recipe = replace(recipe, batch_size=size)
-    device_batch = size // world // accumulate
-    steps_per_epoch = len(samples) // recipe.batch_size
-    total_steps = recipe.epochs * steps_per_epoch
-
-    # ----------------------------------------------------------------------------------------- model, optimizer, resume
-    seed_all(recipe.seed)
-    model = build_maskfeat(dataclasses.asdict(recipe)).to(device)
-    grid = tuple(n // s for n, s in zip((recipe.num_frames, *recipe.image_size)[-len(model.encoder.patch_stride):],
-                                        model.encoder.patch_stride))
-    model.most_masked = masking.most_masked(recipe.mask, grid, recipe.mask_ratio)
+    name, recipe, overrides = engine.parse_recipe(RECIPES, __doc__)
+    rank, world, device = engine.init_distributed()
+    print0 = tqdm.write if rank == 0 else lambda line: None
     on_gpu = device.type == "cuda"
-    amp, autocast, scaler = mixed_precision(recipe.amp, device)
-    optimizer = torch.optim.AdamW(param_groups(model, recipe.weight_decay), lr=0.0, betas=(0.9, recipe.beta2),
-                                  fused=True)
-    last, lines = os.path.join(recipe.out, "last.pt"), os.path.join(recipe.out, "log.jsonl")
-    fingerprint, step, skipped = layouts.fingerprint(samples), 0, 0
-    for path in (last, lines):
-        if os.path.exists(path) and not recipe.resume and not recipe.dry_run:
-            raise ValueError(f"{path} exists: go on with --resume, or choose another --out; nothing is written over it")
-    if recipe.resume and os.path.exists(last) and not recipe.dry_run:
-        checkpoint = read_checkpoint(last)
-        if "recipe" in checkpoint:                                            # a field that the file lacks is newer
-            checkpoint["recipe"] = {**dataclasses.asdict(Recipe()), **checkpoint["recipe"]}
-        refuse_other_run(last, checkpoint, recipe, fingerprint, RUN_FIELDS)
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"]:                                              # empty but for fp16
-            scaler.load_state_dict(checkpoint["scaler"])
-        step, skipped = checkpoint["step"], checkpoint["skipped"]
-        say(f"resumed {last} at step {step}")
-    if len(set(gather_list([step]))) > 1:
-        raise ValueError(f"not all nodes see the same {last}: put --out on a file system that they share")
-    dataset = data.TrainDataset(
-        samples, recipe.image_size, recipe.num_frames if len(grid) == 3 else None, recipe.sampling_rate,
-        lambda rng: masking.draw_mask(recipe.mask, grid, recipe.mask_ratio, rng, recipe.frame_runs), recipe.seed,
-        recipe.crop_scale, flip=recipe.flip,
-        **data.extras(model.target, samples.paths, grid[-2:], model.encoder.patch_stride[0], recipe.teacher))
-    if not recipe.dry_run:
-        os.makedirs(recipe.out, exist_ok=True)
-    log = Logger(lines, step, rank) if not recipe.dry_run else lambda **values: None
-    if recipe.compile == "on" or recipe.compile == "auto" and on_gpu:
-        model.compile()                                                       # in place: names keep no prefix
-    ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False) \
-        if world > 1 else model                                               # buffers are constants, a whole teacher
-    batches = data.EpochBatches(len(samples), recipe.batch_size, recipe.epochs, recipe.seed, rank, world,
-                                device_batch, step)
-    loader = data.make_loader(dataset, batches, loader_workers(recipe.workers, device), pin_memory=on_gpu)
+    if not on_gpu and "device_batch" not in overrides and not recipe.model.endswith("_tiny"):
+        recipe = replace(recipe, device_batch=1)              # faster on a CPU, and smaller
 
-    scale = recipe.batch_size / recipe.lr_batch
-    say(f"recipe {name}: " + ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(recipe).items()))
-    say(f"{len(samples)} {samples.kind}s, {len(samples.ignored)} other files ignored, {len(samples.missing)} "
-        f"listed but missing; {steps_per_epoch} steps per epoch, {recipe.epochs} effective epochs, {total_steps} steps")
-    say(f"batch {recipe.batch_size} = {world} processes x {device_batch} samples x {accumulate} accumulated; "
-        f"peak lr {recipe.lr:g} x {recipe.batch_size}/{recipe.lr_batch} = {recipe.lr * scale:g}; {amp} on {device}; "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-        f"{model.target.dim} numbers to predict per token of grid {'x'.join(map(str, grid))}")
+    # ---------------------------------------------------------------------------------------- data
+    if not recipe.data:
+        recipe = replace(recipe, data=synthetic.make_dataset("data/synthetic", print0=print0))
+    samples = engine.from_rank0(layouts.find_samples, recipe.data, "train")
+    check(recipe, samples)
+    recipe, device_batch, accumulate = engine.plan_batch(
+        recipe, len(samples), world, "batch_size" in overrides, print0)
+    steps_per_epoch = len(samples) // recipe.batch_size
+
+    # --------------------------------------------------------------------- model, optimizer, resume
+    checkpoint = None if recipe.dry_run else engine.find_checkpoint(recipe)
+    engine.seed_all(recipe.seed)
+    model = models.build_maskfeat(dataclasses.asdict(recipe)).to(device)
+    stride = model.encoder.patch_stride                       # pixels per token along [T,] H, W
+    grid = tuple(n // s for n, s in zip((recipe.num_frames, *recipe.image_size)[-len(stride):],
+                                        stride))
+    draw_mask = lambda rng: masking.draw_mask(
+        recipe.mask, grid, recipe.mask_ratio, rng, recipe.frame_runs)
+    dataset = data.PretrainDataset(
+        samples, recipe.image_size, recipe.num_frames if samples.kind == "video" else None,
+        recipe.sampling_rate, draw_mask, recipe.seed, recipe.crop_scale, flip=recipe.flip,
+        **data.target_inputs(model.target, samples.paths, grid[-2:], stride[0], recipe.teacher))
+    amp, autocast, scaler = engine.mixed_precision(recipe.amp, device)
+    optimizer = engine.make_optimizer(model, recipe)
+    engine.print_setup(name, recipe, model, optimizer, world, device_batch, amp, print0)
+    print0(f"{len(samples)} {samples.kind}s, {len(samples.ignored)} other files ignored, "
+           f"{len(samples.missing)} listed but missing; {steps_per_epoch} steps per epoch, "
+           f"{recipe.epochs} effective epochs, {recipe.epochs * steps_per_epoch} steps; "
+           f"{model.target.dim} numbers to predict per token of grid {'x'.join(map(str, grid))}")
     if hasattr(model.target, "teacher"):
-        say(f"teacher of {model.target.teacher.size / 1e6:.1f} M parameters from {model.target.teacher.about}")
+        teacher = model.target.teacher
+        print0(f"teacher of {teacher.size / 1e6:.1f} M parameters from {teacher.about}")
+    if recipe.dry_run:
+        return dry_run(recipe, model, dataset, device_batch, accumulate, steps_per_epoch, print0)
 
-    def sound():
-        """Weights about to blow up are not saved; one or two steps skipped by fp16 are its loss scale settling."""
-        return skipped_in_row < (3 if scaler.is_enabled() else 1)
+    run = engine.Run(
+        recipe, model, optimizer, scaler, steps_per_epoch=steps_per_epoch, device=device,
+        fingerprint=layouts.fingerprint(samples), num_files=len(samples), unit=samples.kind,
+        checkpoint=checkpoint, run_fields=RUN_FIELDS)
+    if engine.should_compile(recipe.compile, device, print0):
+        model.compile()                                       # in place: names keep no prefix
+    ddp = engine.wrap_ddp(model)
+    batches = data.EpochBatches(len(samples), recipe.batch_size, recipe.epochs, recipe.seed, rank,
+                                world, device_batch, run.step)
+    loader = iter(data.make_loader(dataset, batches, engine.loader_workers(recipe.workers, device),
+                                   pin_memory=on_gpu))
 
-    def save():
-        nonlocal saved_step
-        saved_step = step
-        if rank == 0 and not recipe.dry_run:
-            save_checkpoint(last, {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "step": step, "skipped": skipped, "recipe": dataclasses.asdict(recipe), "data": fingerprint})
-
-    # ------------------------------------------------------------------------------------------------------------ loop
-    mean, std = (torch.tensor(v, device=device).view(3, *[1] * len(grid)) for v in (recipe.mean, recipe.std))
+    # ---------------------------------------------------------------------------------------- loop
     model.train()
-    loss_sum, steps_summed, skipped_in_row = torch.zeros((), device=device), 0, 0
-    logged, saved_step, unreadable, newly_unreadable = step, step, {}, {}
-    end_step = min(step + 2, total_steps) if recipe.dry_run else total_steps      # the first step is slower than others
-    bar = tqdm(total=end_step, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True, smoothing=0.1)
-    iterator, waited, mark, saved, stopped, due = iter(loader), 0.0, time.perf_counter(), time.monotonic(), "", False
-    while step < end_step and not stopped:
-        seed_all(recipe.seed, step, rank)                                     # drop path draws by step: exact resume
-        lr = scale * lr_at(step / steps_per_epoch, recipe.lr, recipe.epochs, recipe.warmup_epochs, recipe.warmup_lr,
-                           recipe.min_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    while run.step < run.total_steps:
+        lr = run.start_step()
         step_loss = torch.zeros((), device=device)
         for micro in range(accumulate):
-            stopped = stop.agreed()
-            if stopped:                                                       # half a step is dropped, it can be long
-                break
-            start = time.perf_counter()
-            batch = next(iterator)
-            waited += time.perf_counter() - start
-            newly_unreadable.update(batch["unreadable"])
-            x = batch["x"].to(device, non_blocking=True).float().div(255).sub(mean).div(std)
-            mask = batch["mask"].to(device, non_blocking=True)
-            extra = batch[model.target.input_kind].to(device, non_blocking=True) if model.target.input_kind in batch else None
-            with ddp.no_sync() if world > 1 and micro < accumulate - 1 else nullcontext():
-                with autocast():
-                    loss, _ = ddp(x, mask, extra)
-                scaler.scale(loss / accumulate).backward()
+            x, mask, target_input = to_device(run.next_batch(loader), recipe, model, device)
+            with engine.sync(ddp, last=micro == accumulate - 1), autocast():
+                loss, _ = ddp(x, mask, target_input)
+            scaler.scale(loss / accumulate).backward()
             step_loss += loss.detach() / accumulate
-        if stopped:
-            break
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
-        finite = torch.isfinite(grad_norm).item()                             # of the mean over ranks: all decide alike
-        if finite:
-            scaler.step(optimizer)
-            skipped_in_row, loss_sum, steps_summed = 0, loss_sum + step_loss, steps_summed + 1
-        else:
-            skipped, skipped_in_row = skipped + 1, skipped_in_row + 1
+        run.end_step(step_loss, lr)                           # clip, step or skip, log, save
+    run.finish()
+    if rank == 0:
+        draw_pictures(run, samples, model)
+
+
+def to_device(batch, recipe, model, device):
+    """A loader's batch -> x (B, 3, [T,] H, W) normalized, mask (B, *grid), and what the target
+    needs beside x, or None."""
+    x = batch["x"].to(device, non_blocking=True)
+    target_input = batch.get(model.target.input_kind)
+    if target_input is not None:
+        target_input = target_input.to(device, non_blocking=True)
+    return (data.normalize(x, recipe.mean, recipe.std),
+            batch["mask"].to(device, non_blocking=True), target_input)
+
+
+def draw_pictures(run, samples, model):
+    """Write OUT/prediction.png and OUT/loss.png, and name all that the run has written."""
+    recipe = run.recipe
+    try:
+        shown = layouts.find_samples(recipe.data, "val")
+        data.target_inputs(model.target, shown.paths, (1, 1), folder=recipe.teacher)  # label maps
+    except (ValueError, OSError):
+        run.print0(f"{recipe.data} has no validation part"
+                   + " with label maps" * (recipe.target == "label")
+                   + ": the picture shows training samples")
+        shown = samples
+    paths = [path for path in shown.paths if path not in run.unreadable]
+    written = [run.checkpoint_path, run.log_path]
+    try:
+        written += visualize.draw(
+            model.eval(), dataclasses.asdict(recipe), paths[::max(len(paths) // 4, 1)][:4],
+            os.path.join(recipe.out, "prediction.png"), run.device)
+        written += visualize.draw_loss(run.log_path, os.path.join(recipe.out, "loss.png"))
+    except (ValueError, OSError) as error:                    # the training is done all the same
+        run.print0(f"no picture: {error}")
+    run.print0(f"wrote {', '.join(written)}")
+
+
+def dry_run(recipe, model, dataset, device_batch, accumulate, steps_per_epoch, print0):
+    """Two steps of this process on one batch, then parameters, FLOPs, memory and hours. Nothing is
+    written."""
+    device = next(model.parameters()).device
+    _, autocast, scaler = engine.mixed_precision(recipe.amp, device)
+    optimizer = engine.make_optimizer(model, recipe)
+    batch = data.collate([dataset[0, i % len(dataset)] for i in range(device_batch)])
+    x, mask, target_input = to_device(batch, recipe, model, device)
+    for _ in range(2):                                        # the first step is slower than others
+        start = time.perf_counter()
+        for _ in range(accumulate):
+            with autocast():
+                loss, _ = model(x, mask, target_input)
+            scaler.scale(loss / accumulate).backward()
+        scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if skipped_in_row == MAX_SKIPPED:
-            raise ValueError(f"the {skipped_in_row} steps up to {step} gave a non-finite loss or gradient: lower --lr, or "
-                             f"use --amp fp32; {last} is as it was before them")
-
-        # ------------------------------------------------------------------------------------------- log, stop, save
-        if step % recipe.log_every == 0 or step % steps_per_epoch == 0 or step <= 10 or recipe.dry_run:
-            seconds = time.perf_counter() - mark
-            speed, wait = (step - logged) * recipe.batch_size / seconds, reduce_mean(waited / seconds, device)
-            loss_mean = reduce_mean(loss_sum / steps_summed, device) if steps_summed else None
-            report_unreadable(gather_list(list(newly_unreadable.items())), unreadable, len(samples), say)
-            bar.set_postfix_str(f"loss {loss_mean:.4f}, lr {lr:.1e}, {speed:.1f} {samples.kind}s/s, waits {wait:.0%}"
-                                if steps_summed else f"{skipped} steps skipped", refresh=False)
-            log(step=step, epoch=step / steps_per_epoch, loss=loss_mean, lr=lr, samples_per_second=speed, data_wait=wait,
-                grad_norm=grad_norm.item() if finite else None, skipped=skipped, unreadable=len(unreadable))
-            loss_sum, steps_summed, waited, newly_unreadable = torch.zeros_like(loss_sum), 0, 0.0, {}
-            logged, mark = step, time.perf_counter()
-        bar.update()
-        due = due or step % steps_per_epoch == 0 or time.monotonic() - saved > 60 * recipe.save_minutes
-        if due and sound():
-            save()
-            saved, due = time.monotonic(), False
-    bar.close()
-    if stopped:
-        if sound():
-            save()
-        say(f"stopped by {stopped} after step {step} of {total_steps}; {last} holds step {saved_step}, go on with --resume")
-        sys.exit(128 + signal.Signals[stopped])
-
-    if saved_step < step and sound():
-        save()
-
-    # ------------------------------------------------------------------------------------------------------------- end
-    if recipe.dry_run:
-        cost = count_flops(model, (1, *x.shape[1:]))
-        with autocast():
-            of_target = target_flops(model, x[:1], None if extra is None else extra[:1])
-        teacher = getattr(model.target, "teacher", None)
-        say(f"dry run, nothing written: student {cost['parameters'] / 1e6:.1f} M parameters, {cost['flops'] / 1e9:.3g} "
-            f"GFLOPs forward per {samples.kind}; target {recipe.target} {teacher.size / 1e6 if teacher else 0:.1f} M "
-            f"parameters, {of_target / 1e9:.3g} GFLOPs; peak memory {peak_memory(device):.2f} GiB; {seconds:.3g} s per "
-            f"step, so {total_steps * seconds / 3600:.3g} hours for {total_steps} steps")
-        return
-    say(f"{step} steps, {skipped} skipped for non-finite gradients, {len(unreadable)} unreadable files replaced; "
-        f"peak memory {peak_memory(device):.2f} GiB")
-    if rank == 0:
-        try:
-            shown = layouts.find_samples(recipe.data, "val")
-            data.extras(model.target, shown.paths, grid[-2:], folder=recipe.teacher)       # have they label maps?
-        except (ValueError, OSError):
-            say(f"{recipe.data} has no validation part" + (" with label maps" if recipe.target == "label" else "") +
-                ": the picture shows training samples")
-            shown = samples
-        paths = [path for path in shown.paths if path not in unreadable]
-        written = [last, lines]
-        try:
-            written += visualize.draw(model.eval(), dataclasses.asdict(recipe), paths[::max(len(paths) // 4, 1)][:4],
-                                      os.path.join(recipe.out, "prediction.png"), device)
-            written += visualize.draw_loss(lines, os.path.join(recipe.out, "loss.png"))
-        except (ValueError, OSError) as error:                                # the training is done all the same
-            say(f"no picture: {error}")
-        say(f"wrote {', '.join(written)}")
+        loss.item()                                           # waits for the GPU
+        seconds = time.perf_counter() - start
+    cost, steps = count_flops(model, (1, *x.shape[1:])), recipe.epochs * steps_per_epoch
+    teacher = getattr(model.target, "teacher", None)
+    flops = target_flops(model, x[:1], None if target_input is None else target_input[:1])
+    print0(f"dry run, nothing written: student {cost['parameters'] / 1e6:.1f} M parameters, "
+           f"{cost['flops'] / 1e9:.3g} GFLOPs forward per {dataset.samples.kind}; target "
+           f"{recipe.target} {teacher.size / 1e6 if teacher else 0:.1f} M parameters, "
+           f"{flops / 1e9:.3g} GFLOPs; peak memory {engine.peak_memory(device):.2f} GiB; "
+           f"{seconds:.3g} s per step without loading, so {steps * seconds / 3600:.3g} hours for "
+           f"{steps} steps")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    engine.run_main(main)

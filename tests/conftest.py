@@ -35,7 +35,7 @@ def released(tmp_path_factory):
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory):
     """A folder with 12 training and 4 validation clips."""
-    code = ("import sys, numpy as np; from pathlib import Path; from synthetic import draw_clip, write_video\n"
+    code = ("import sys, numpy as np; from pathlib import Path; from tools.synthetic import draw_clip, write_video\n"
             "for split, count in (('train', 6), ('val', 2)):\n"
             "    for name in ('circle_growing', 'square_up_down'):\n"
             "        folder = Path(sys.argv[1], split, name); folder.mkdir(parents=True)\n"

@@ -1,43 +1,49 @@
+"""engine.py: schedule, groups, checkpoints, signals, the command line, and the machine around it."""
+import ast
 import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
+
+import engine
+from engine import parse_recipe, read_checkpoint, save_checkpoint, usable_cores
 
 import pytest
 import torch
 import torch.nn as nn
-
-import engine
-from engine import Logger, StopSignal, lr_at, param_groups, parse_recipe, read_checkpoint, save_checkpoint, seed_all
+from conftest import ROOT
 
 
 def test_lr_shape():
-    """Rises, meets the cosine at the end of warm-up, falls to the end value; scaling all three scales it."""
-    lrs = [lr_at(e / 10, 1e-3, 30, 5, 1e-6, 1e-5) for e in range(301)]
+    """It rises, meets the cosine at the end of warm-up, and falls to the end value."""
+    lrs = [engine.lr_at(e / 10, 1e-3, 30, 5, 1e-6, 1e-5) for e in range(301)]
     assert lrs[0] == 1e-6 and max(lrs) == lrs[50] == 1e-3 and lrs[300] == pytest.approx(1e-5)
-    assert all(a < b for a, b in zip(lrs[:50], lrs[1:51])) and all(a > b for a, b in zip(lrs[50:300], lrs[51:]))
-    assert lr_at(17.5, 1e-3, 30, 5, 0, 0) == pytest.approx(5e-4)
-    assert lr_at(0, 1e-3, 1, 0, 0, 0) == 1e-3
+    assert sorted(lrs[:51]) == lrs[:51] and sorted(lrs[50:], reverse=True) == lrs[50:]
+    assert engine.lr_at(17.5, 1e-3, 30, 5, 0, 0) == pytest.approx(5e-4)
+    assert engine.lr_at(0, 1e-3, 1, 0, 0, 0) == 1e-3
 
 
 def test_param_groups():
-    """Biases and 1-D weights are not decayed; tables, tokens and matrices are; each parameter is in one group."""
+    """Biases and 1-D weights are not decayed. Tables, tokens and matrices are."""
     from mvit import mvit_tiny
     model = mvit_tiny(num_classes=3)
-    decayed, plain = param_groups(model, 0.05)
+    decayed, plain = engine.param_groups(model, 0.05)
     assert decayed["weight_decay"] == 0.05 and plain["weight_decay"] == 0
-    assert {id(p) for p in decayed["params"]} | {id(p) for p in plain["params"]} == {id(p) for p in model.parameters()}
-    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
     ids = {id(p) for p in decayed["params"]}
+    assert ids | {id(p) for p in plain["params"]} == {id(p) for p in model.parameters()}
+    assert len(ids) + len(plain["params"]) == len(list(model.parameters()))
     assert id(model.cls_token) in ids and id(model.blocks[0].attn.rel_pos_h) in ids
     assert id(model.blocks[0].norm1.weight) not in ids and id(model.head.projection.bias) not in ids
     frozen = nn.Linear(2, 2).requires_grad_(False)
-    assert not any(g["params"] for g in param_groups(frozen, 0.1))
+    assert not any(group["params"] for group in engine.param_groups(frozen, 0.1))
 
 
 def test_seed_all_repeats():
     def draws(*key):
-        seed_all(*key)
+        engine.seed_all(*key)
         return torch.rand(3).tolist()
     assert draws(0, 5, 1) == draws(0, 5, 1) != draws(0, 6, 1) != draws(0, 6, 0)
 
@@ -58,32 +64,200 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
 
 def test_logger_drops_what_will_be_logged_again(tmp_path):
     path = str(tmp_path / "log.jsonl")
-    log = Logger(path)
+    log = engine.Logger(path)
     for step in (10, 20, 30):
         log(step=step, loss=1.0 / step)
     with open(path, "a") as f:
-        f.write('{"step": 40, "lo')                                           # killed while writing
-    Logger(path, step=20)(step=30, loss=0.5)
-    lines = [json.loads(line) for line in open(path)]
+        f.write('{"step": 40, "lo')                           # killed while writing
+    engine.Logger(path, step=20)(step=30, loss=0.5)
+    with open(path) as f:
+        lines = [json.loads(line) for line in f]
     assert [(d["step"], d["loss"]) for d in lines] == [(10, 0.1), (20, 0.05), (30, 0.5)]
-    Logger(path, rank=1)(step=99)
-    assert len(open(path).readlines()) == 3
+    engine.Logger(path, rank=1)(step=99)
+    with open(path) as f:
+        assert len(f.readlines()) == 3
 
 
-def test_stop_signal():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+# ------------------------------------------------------------------------------------- the machine
+
+def write(root, **files):
+    for name, text in files.items():
+        path = root / name.replace("__", "/").replace("_dot_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_cores_follow_affinity_and_quota(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    assert usable_cores(tmp_path / "none") == 64
+    v2, v1 = tmp_path / "v2", tmp_path / "v1"
+    write(v2, proc__self__cgroup="0::/pod/box\n", sys__fs__cgroup__pod__cpu_dot_max="350000 100000",
+          sys__fs__cgroup__pod__box__cpu_dot_max="max 100000")
+    assert usable_cores(v2) == 4                              # of the group above, rounded up
+    write(v2, sys__fs__cgroup__pod__box__cpu_dot_max="50000 100000")
+    assert usable_cores(v2) == 1
+    write(v1, proc__self__cgroup="5:memory:/x\n4:cpu,cpuacct:/box\n",
+          **{"sys__fs__cgroup__cpu__box__cpu.cfs_quota_us": "200000\n",
+             "sys__fs__cgroup__cpu__box__cpu.cfs_period_us": "100000\n"})
+    assert usable_cores(v1) == 2
+    write(v1, **{"sys__fs__cgroup__cpu__box__cpu.cfs_quota_us": "-1\n"})
+    assert usable_cores(v1) == 64
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert engine.loader_workers(-1, torch.device("cuda")) <= 8
+    assert engine.loader_workers(-1, torch.device("cpu")) == 1
+
+
+def test_engine_is_imported_before_torch():
+    """It sets how OpenMP threads wait, which counts only before torch is loaded."""
+    scripts = [*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")]
+    entries = [path for path in scripts if "__main__" in path.read_text()]
+    assert {"pretrain.py", "finetune.py", "evaluate.py"} <= {path.name for path in entries}
+    for path in entries:
+        imported = [alias.name if isinstance(node, ast.Import) else node.module
+                    for node in ast.parse(path.read_text()).body
+                    if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
+        if "torch" in imported or path.parent == ROOT:
+            assert imported.index("engine") < [*imported, "torch"].index("torch"), path
+
+
+@pytest.mark.parametrize("value", [None, "active"])
+def test_waiting_policy_is_the_users_if_given(value):
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": value} if value else {}
+    code = "import engine, os; print(os.environ['OMP_WAIT_POLICY'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment,
+                          capture_output=True, text=True)
+    assert done.stdout.strip() == (value or "passive"), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting, remedy", [
+    ({"CXX": "/no/compiler"}, "C compiler"),
+    ({"TORCHINDUCTOR_CACHE_DIR": "/proc/none"}, "TORCHINDUCTOR_CACHE_DIR")])
+def test_no_compiler_is_one_line(tmp_path, setting, remedy):
+    code = ("import engine, torch\ncpu = torch.device('cpu')\n"
+            "def main():\n    engine.should_compile('on', cpu)\nengine.run_main(main)")
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), **setting}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment,
+                          capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: --compile on") and remedy in last
+    code = code.replace("'on', cpu", "'auto', Fake()").replace(
+        "def main", "class Fake(str):\n    type = 'cuda'\n    def __new__(cls): "
+        "return str.__new__(cls, 'cpu')\ndef main")           # what a GPU without Triton meets
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and remedy in done.stdout, done.stderr
+
+
+def test_any_name_can_be_printed(tmp_path):
+    code = ("import engine\ndef main():\n    print('caf\\u00e9 \\udce9')\n"
+            "    raise ValueError('no \\u00e9')\nengine.run_main(main)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 2 and "caf\\xe9 \\udce9" in done.stdout
+    assert done.stderr.splitlines()[-1] == "error: no \\xe9"
+
+
+# ------------------------------------------------------------------------------------------- a run
+
+LINEAR = """
+import sys, time
+from dataclasses import dataclass
+import engine, torch, data
+
+@dataclass(frozen=True)
+class Recipe:
+    data: str = ""
+    out: str = sys.argv[1]
+    workers: int = int(sys.argv[2])
+    epochs: int = 9
+    batch_size: int = 1
+    lr: float = 0.1
+    lr_batch: int = 1
+    warmup_epochs: float = 0
+    warmup_lr: float = 0
+    min_lr: float = 0
+    weight_decay: float = 0.0
+    beta2: float = 0.9
+    clip_grad: float = 1.0
+    log_every: int = 1
+    save_minutes: float = 9.0
+    seed: int = 0
+
+class Slow(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+    def __getitem__(self, key):
+        if key[0] * 8 + key[1] >= 3:
+            open(sys.argv[1] + ".waits", "w").close()
+            time.sleep(300)
+        return {"x": torch.ones(2), "label": 0, "index": key[1], "unreadable": []}
+
+def main():
+    recipe, model = Recipe(), torch.nn.Linear(2, 1)
+    cpu = torch.device("cpu")
+    _, _, scaler = engine.mixed_precision("fp32", cpu)
+    run = engine.Run(recipe, model, engine.make_optimizer(model, recipe), scaler, device=cpu,
+                     steps_per_epoch=8, fingerprint="", num_files=8, unit="image")
+    keys = [[(0, i)] for i in range(8)]
+    loader = iter(data.make_loader(Slow(), keys, recipe.workers))
+    while run.step < run.total_steps:
+        lr = run.start_step()
+        loss = model(run.next_batch(loader)["x"]).mean()
+        loss.backward()
+        run.end_step(loss.detach(), lr)
+    run.finish()
+
+if __name__ == "__main__":
+    engine.run_main(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_ends_the_waiting_for_data(tmp_path, workers):
+    """SIGTERM while no batch comes: the last step is saved, and the program ends at once."""
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", LINEAR, str(out), str(workers)], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        stop = StopSignal()
+        for _ in range(600):
+            logged = out.joinpath("log.jsonl").exists() and out.joinpath("log.jsonl").read_text()
+            if (tmp_path / "out.waits").exists() and logged and logged.count("\n") == 3:
+                break
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+        start = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in output
+    assert time.monotonic() - start < 20, output
+    assert read_checkpoint(out / "last.pt")["step"] == 3
+
+
+def test_a_second_signal_does_not_wait():
+    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    stop = engine.StopSignal()
+    try:
         assert stop.agreed() == ""
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.agreed() == "SIGTERM"
+        with pytest.raises(SystemExit) as exit:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert exit.value.code == 128 + signal.SIGINT
     finally:
-        signal.signal(signal.SIGTERM, before[0]), signal.signal(signal.SIGINT, before[1])
+        stop.release()
+    assert usual == {number: signal.getsignal(number) for number in usual}
 
+
+# ------------------------------------------------------------------------------------ command line
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    model: str = dataclasses.field(default="small", metadata={"choices": ("small", "large")})
+    model: str = engine.option("small", choices=("small", "large"))
     lr: float = 1e-3
     size: tuple = (8, 8)
     flag: bool = False
@@ -94,18 +268,21 @@ RECIPES = {"first": Recipe(), "second": Recipe(model="large", lr=1e-4)}
 
 def test_parse_recipe():
     assert parse_recipe(RECIPES, "", []) == ("first", Recipe(), set())
-    name, recipe, given = parse_recipe(RECIPES, "", ["--model", "large", "--size", "4", "--flag"])
-    assert (name, recipe, given) == ("second", Recipe("large", 1e-4, (4, 4), True), {"model", "size", "flag"})
-    name, recipe, given = parse_recipe(RECIPES, "", ["--recipe", "second", "--lr", "2", "--size", "4", "6", "--no-flag"])
+    name, recipe, overrides = parse_recipe(RECIPES, "", "--model large --size 4 --flag".split())
+    assert (name, recipe) == ("second", Recipe("large", 1e-4, (4, 4), True))
+    assert overrides == {"model", "size", "flag"}
+    name, recipe, overrides = parse_recipe(
+        RECIPES, "", "--recipe second --lr 2 --size 4 6 --no-flag".split())
     assert (name, recipe) == ("second", Recipe("large", 2.0, (4, 6), False))
-    assert given == {"recipe", "lr", "size", "flag"}
-    with pytest.raises(SystemExit):                                           # no row is for that model
+    assert overrides == {"recipe", "lr", "size", "flag"}
+    with pytest.raises(SystemExit):                           # no row is for that model
         parse_recipe({"first": Recipe()}, "", ["--model", "large"])
 
 
-@pytest.mark.parametrize("argv", [["--nonsense"], ["--model", "huge"], ["--lr", "fast"], ["--size", "1", "2", "3"],
-                                  ["--recipe", "third"], ["--lar", "3"]])
+@pytest.mark.parametrize("argv", ["--nonsense", "--model huge", "--lr fast", "--size 1 2 3",
+                                  "--recipe third", "--lar 3"])
 def test_wrong_flags_fail(argv, capsys):
     with pytest.raises(SystemExit) as exit:
-        parse_recipe(RECIPES, "", argv)
-    assert exit.value.code == 2 and argv[0].lstrip("-") in capsys.readouterr().err
+        parse_recipe(RECIPES, "", argv.split())
+    assert exit.value.code == 2
+    assert argv.split()[0].lstrip("-") in capsys.readouterr().err

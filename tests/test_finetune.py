@@ -87,7 +87,7 @@ def test_killed_and_resumed_is_bit_equal(clips, pretrained, tmp_path, finished, 
         kill_at(step, clips, out, *flags, processes=processes)
     done = run(clips, out, *flags, processes=processes)
     assert done.returncode == 0, done.stderr
-    assert "resumed" in done.stdout + done.stderr and "is not read again" in done.stdout + done.stderr
+    assert "resumed" in done.stdout + done.stderr and "not --init" in done.stdout + done.stderr
     assert_same_weights(whole, out)
     assert json.load(open(whole / "last_2x1.json")) == json.load(open(out / "last_2x1.json"))
 
@@ -119,7 +119,7 @@ def test_ranks_and_views(clips, finished, tmp_path):
     shutil.copy(finished[0] / "last.pt", checkpoint)
     found = {}
     for processes in (1, 2):
-        done = runs.run("finetune.py", "--eval", checkpoint, "--data", odd, "--clips", 3, "--crops", 3, "--workers", 0,
+        done = runs.run("evaluate.py", checkpoint, "--data", odd, "--clips", 3, "--crops", 3, "--workers", 0,
                         processes=processes)
         assert done.returncode == 0, done.stderr
         assert "3 clips x 3 crops, 3 videos" in done.stdout + done.stderr
@@ -132,7 +132,7 @@ def test_unreadable_validation_video_is_named_not_replaced(clips, finished, tmp_
     shutil.copytree(clips, bad)
     (bad / "val/circle_growing/0.mp4").write_bytes(b"not a video")
     shutil.copy(finished[0] / "last.pt", checkpoint)
-    done = runs.run("finetune.py", "--eval", checkpoint, "--data", bad, "--clips", 1, "--workers", 0)
+    done = runs.run("evaluate.py", checkpoint, "--data", bad, "--clips", 1, "--workers", 0)
     assert done.returncode == 0, done.stderr
     text = done.stdout + done.stderr
     assert "1 videos could not be read and are not counted" in text and "circle_growing/0.mp4" in text
@@ -143,14 +143,14 @@ def test_unreadable_validation_video_is_named_not_replaced(clips, finished, tmp_
 
 def test_predict_features_probe(clips, finished, pretrained, tmp_path):
     video = clips / "val/circle_growing/0.mp4"
-    done = runs.run("finetune.py", "--eval", finished[0] / "last.pt", "--predict", video, tmp_path / "none.mp4",
+    done = runs.run("evaluate.py", finished[0] / "last.pt", "--predict", video, tmp_path / "none.mp4",
                     finished[0] / "last_2x1.png")
     text = done.stdout + done.stderr
     assert done.returncode == 2 and "none.mp4" in text and "2 of 3 files cannot be read" in text and "takes videos" in text
     shares = dict((name, float(p)) for p, name in re.findall(r"([\d.]+) %  (\w+)", text))
     assert set(shares) == {"circle_growing", "square_up_down"} and sum(shares.values()) == pytest.approx(100, abs=0.02)
     out = tmp_path / "features.npz"
-    done = runs.run("finetune.py", "--eval", pretrained, "--model", "mvit_tiny", "--data", clips, "--features", out, "--probe")
+    done = runs.run("evaluate.py", pretrained, "--data", clips, "--features", out, "--probe")
     assert done.returncode == 0, done.stderr
     found = np.load(out)
     assert found["features"].shape == (4, 128) and np.isfinite(found["features"]).all() and found["features"].std() > 0
@@ -197,8 +197,8 @@ def test_never_overwrites(clips, finished, pretrained):
     (["--crops", 2], "invalid choice"),
     (["--drop-path", 1.5], "drop_path=1.5"),
     (["--frames", 3], "num_frames=3"),
-    (["--eval", "nothing.pt"], "no checkpoint at nothing.pt"),
-    (["--probe"], "--probe needs a checkpoint"),
+    (["--eval", "nothing.pt"], "evaluate.py CHECKPOINT"),
+    (["--probe"], "evaluate.py CHECKPOINT"),
     (["--device-batch", 1, "--repeats", 1], "mixup and cutmix pair the samples"),
     (["--color-jitter", 0.4], "add --rand-augment ''"),
     (["--smoothing", 1], "smoothing=1.0"),
@@ -218,7 +218,7 @@ def test_other_model_other_classes_empty_validation(clips, pretrained, finished,
     shutil.copytree(clips, more)
     for split in ("train", "val"):
         shutil.copytree(clips / split / "circle_growing", more / split / "triangle_rotating")
-    done = runs.run("finetune.py", "--eval", finished[0] / "last.pt", "--data", more)
+    done = runs.run("evaluate.py", finished[0] / "last.pt", "--data", more)
     assert done.returncode == 2 and "3 classes, not 2" in done.stderr and "Traceback" not in done.stderr
     done = run(more, tmp_path / "three", "--no-baseline", "--init", finished[0] / "last.pt", "--epochs", 1, "--val-epochs", 0)
     assert done.returncode == 0, done.stderr                                  # another data set is a new head, said so

@@ -218,23 +218,23 @@ def test_views_of_an_image_agree(tmp_path, flip):
     position_map(tmp_path / "train/a/one.pt")
     samples = layouts.find_samples(tmp_path, "train")
     target = targets.LabelTarget((4, 6), classes=5)
-    token_target = type("Token", (), {"needs": "view", "dim": 8192})
-    extras = data.extras(target, samples.paths, (4, 6)) | data.extras(token_target, samples.paths, (4, 6))
-    items = data.TrainDataset(samples, (64, 96), seed=1, flip=flip, **extras)
-    plain = data.TrainDataset(samples, (64, 96), seed=1, flip=flip)
+    token_target = type("Token", (), {"input_kind": "view", "dim": 8192})
+    extras = data.target_inputs(target, samples.paths, (4, 6)) | data.target_inputs(token_target, samples.paths, (4, 6))
+    items = data.PretrainDataset(samples, (64, 96), seed=1, flip=flip, **extras)
+    plain = data.PretrainDataset(samples, (64, 96), seed=1, flip=flip)
     wrong, astray = targets.LabelTarget((4, 6), classes=5, order="released"), 0.0
     for epoch in range(4):
         item = items[epoch, 0]
         assert torch.equal(item["x"], plain[epoch, 0]["x"])                   # the same crops with and without
         crop = patch_means(item["x"], 16)[:2] / 255                           # (2, 4, 6): x and y of each patch
-        view = patch_means(item["view"][0, 0], 8)[:2] / 255
-        logits = target(item["labels"]).log()[0].unflatten(0, (4, 6)).permute(2, 0, 1)
+        view = patch_means(item["view"][0], 8)[:2] / 255
+        logits = target(item["labels"][None]).log()[0].unflatten(0, (4, 6)).permute(2, 0, 1)
         place = logits[:2] - logits[2]
-        assert item["view"].shape == (1, 1, 3, 32, 48)
+        assert item["view"].shape == (1, 3, 32, 48)
         torch.testing.assert_close(view, crop, atol=0.004, rtol=0)            # a patch is 0.1 wide
         torch.testing.assert_close(place, crop, atol=0.02, rtol=0)
         assert (crop[0, :, 0] > crop[0, :, -1]).all() == bool(flip)           # flips show
-        logits = wrong(item["labels"]).log()[0].unflatten(0, (4, 6)).permute(2, 0, 1)
+        logits = wrong(item["labels"][None]).log()[0].unflatten(0, (4, 6)).permute(2, 0, 1)
         astray = max(astray, (logits[:2] - logits[2] - crop).abs().max())
     assert astray > 0.05                                                      # where the released order puts boxes
 
@@ -243,12 +243,12 @@ def test_views_of_an_image_agree(tmp_path, flip):
 def test_view_of_a_clip_agrees(clips, flip):
     """Frames 0, 2, ... of the clip, same crop and flip, for every patch; another frame or no flip would not do."""
     samples = layouts.find_samples(clips, "train")
-    items = data.TrainDataset(samples, (64, 64), 8, 4, seed=2, flip=flip, view_size=(64, 64), view_stride=2)
-    plain = data.TrainDataset(samples, (64, 64), 8, 4, seed=2, flip=flip)
+    items = data.PretrainDataset(samples, (64, 64), 8, 4, seed=2, flip=flip, view_size=(64, 64), view_stride=2)
+    plain = data.PretrainDataset(samples, (64, 64), 8, 4, seed=2, flip=flip)
     for index in range(3):
         item = items[0, index]
-        assert torch.equal(item["x"], plain[0, index]["x"]) and item["view"].shape == (1, 4, 3, 64, 64)
-        frames, view = patch_means(item["x"].transpose(0, 1)[::2], 16), patch_means(item["view"][0], 16)
+        assert torch.equal(item["x"], plain[0, index]["x"]) and item["view"].shape == (4, 3, 64, 64)
+        frames, view = patch_means(item["x"].transpose(0, 1)[::2], 16), patch_means(item["view"], 16)
         error = (frames - view).abs().mean()
         assert error < 2 < 2.5 * error + 2
         for other in (view.flip(-1), view.roll(1, 0), view.roll(1, -1)):
@@ -263,8 +263,8 @@ def test_missing_and_damaged_maps(tmp_path):
     samples = layouts.find_samples(tmp_path, "train")
     target = targets.LabelTarget((2, 2), classes=5)
     with pytest.raises(FileNotFoundError, match="2 of 2 images have no label map, such as .*elsewhere/a/p.pt"):
-        data.extras(target, samples.paths, (2, 2), folder=str(tmp_path / "elsewhere"))
-    items = data.TrainDataset(samples, (32, 32), **data.extras(target, samples.paths, (2, 2)))
+        data.target_inputs(target, samples.paths, (2, 2), folder=str(tmp_path / "elsewhere"))
+    items = data.PretrainDataset(samples, (32, 32), **data.target_inputs(target, samples.paths, (2, 2)))
     trace = tmp_path / "trace"
     for content, words in ((torch.zeros(2, 5, 4, 4), "8, 8"), (torch.full((2, 5, 8, 8), 7.0), "classes 7 to 7 of 5"),
                            ({"a": 1}, "dict"), (Hostile(os.mkdir, str(trace)), "")):
@@ -272,7 +272,7 @@ def test_missing_and_damaged_maps(tmp_path):
         item = items[0, 1]                                                    # replaced by the other
         [(path, reason)] = item["unreadable"]
         assert path.endswith("q.pt") and words in reason and not trace.exists()
-        assert item["labels"].shape == (1, 3, 5, 8, 8)
+        assert item["labels"].shape == (3, 5, 8, 8)
 
 
 # --------------------------------------------------------------------------------------------------------- pre-training

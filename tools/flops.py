@@ -23,6 +23,10 @@ class Counter(TorchFunctionMode):
         self.macs = self.normed = 0
         self.width = None                                                     # heads * C of the attention being run
 
+    def see_width(self, module, args):
+        """A forward pre-hook for modules with a joint `qkv`."""
+        self.width = module.qkv.out_features // 3
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))                                   # calls made in here are not seen
         name = func.__name__
@@ -67,7 +71,7 @@ def count_flops(model, x_shape):
     counter = Counter()
     for module in shell.modules():
         if hasattr(module, "qkv"):
-            module.register_forward_pre_hook(lambda m, args: setattr(counter, "width", m.qkv.out_features // 3))
+            module.register_forward_pre_hook(counter.see_width)
     x = torch.empty(x_shape, dtype=stem.dtype, device="meta")
     with torch.no_grad(), counter:
         if trunk is shell:
@@ -77,3 +81,16 @@ def count_flops(model, x_shape):
             shell.head(shell.norm(tokens[:, 1:]))
     parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("target."))
     return {"flops": counter.macs + 5 * counter.normed, "macs": counter.macs, "parameters": parameters}
+
+
+def target_flops(model, x, target_input=None):
+    """FLOPs of a MaskFeat's target of the samples in x, counted as those of the student. A teacher
+    runs."""
+    counter = Counter()
+    hooks = [module.register_forward_pre_hook(counter.see_width)
+             for module in model.target.modules() if hasattr(module, "qkv")]
+    with torch.no_grad(), counter:
+        model.compute_target(x, target_input)
+    for hook in hooks:
+        hook.remove()
+    return counter.macs + 5 * counter.normed
