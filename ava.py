@@ -368,10 +368,9 @@ def collate(items):
 
 
 def make_loader(clips, batches, device, collate):
-    """A loader that draws from a generator of its own, so that the model's draws are repeatable."""
+    """The loader of `batches`, on the number of workers that the recipe asks for."""
     workers = engine.loader_workers(clips.recipe.workers, device)
-    return data.make_loader(clips, batches, workers, device.type == "cuda", torch.Generator(),
-                            collate)
+    return data.make_loader(clips, batches, workers, device.type == "cuda", collate)
 
 
 # ------------------------------------------------------------------------------------------ boxes

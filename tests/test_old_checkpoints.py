@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 
+from engine import read_checkpoint
+
 import pytest
 import runs
 import torch
@@ -14,7 +16,6 @@ from conftest import GOLDEN, ROOT
 import models
 import mvit
 from convert import load_weights
-from engine import read_checkpoint
 
 FLAGS = ["--image-size", 32, "--frames", 4, "--sampling-rate", 2, "--batch-size", 4, "--epochs",
          3, "--warmup-epochs", 1, "--log-every", 1, "--workers", 0, "--drop-path", 0.2]
