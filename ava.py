@@ -507,6 +507,7 @@ def train(name, recipe, overrides, rank, world, device, print0):
     """Train, with a test every few epochs and at the end."""
     frames, media = find_key_frames(recipe, "train", print0)
     val = find_key_frames(recipe, "val", print0)
+    read_truth(recipe.data)  # what a test needs fails now, not then
     recipe, device_batch, accumulate = engine.plan_batch(
         recipe, len(frames), world, "batch_size" in overrides, print0)
     steps_per_epoch = len(frames) // recipe.batch_size
@@ -520,12 +521,14 @@ def train(name, recipe, overrides, rank, world, device, print0):
     amp, autocast, scaler = engine.mixed_precision(recipe.amp, device)
     optimizer = engine.make_optimizer(detector.model, recipe)
     test = partial(run_test, detector, recipe, *val, print0)
-    untrained = checkpoint.get("untrained", {}) if checkpoint else {}
+    untrained = {view.replace("centre", "center"): mean for view, mean in
+                 (checkpoint or {}).get("untrained", {}).items()}  # older files: British
     if recipe.baseline and not checkpoint:
         untrained = {view: test(view)["mAP"] for view in ("center", "full")}
     engine.print_setup(name, recipe, detector, optimizer, world, device_batch, amp, print0)
-    print0(f"{len(frames)} key frames of {len(media)} movies to train, {len(val[0])} to test, "
-           f"{recipe.epochs * steps_per_epoch} steps, features of stride {1 / detector.scale:g}")
+    print0(f"{len(frames)} key frames of {len({frame.movie for frame in frames})} movies to train, "
+           f"{len(val[0])} to test; {recipe.epochs * steps_per_epoch} steps; features of stride "
+           f"{1 / detector.scale:g}")
     run = engine.Run(
         recipe, detector.model, optimizer, scaler, steps_per_epoch=steps_per_epoch, device=device,
         fingerprint=fingerprint_of(frames), num_files=len(frames), unit="clip",
@@ -538,8 +541,8 @@ def train(name, recipe, overrides, rank, world, device, print0):
     if engine.should_compile(recipe.compile, device, print0):
         trained.feature_map = torch.compile(trained.feature_map)  # the number of boxes varies
     ddp = engine.wrap_ddp(trained)
-
     trained.train()
+
     while run.step < run.total_steps:
         lr = run.start_step()
         parts = [run.next_batch(loader) for _ in range(accumulate)]
@@ -565,6 +568,7 @@ def train(name, recipe, overrides, rank, world, device, print0):
             trained.train()
             run.restart_clock()
     run.finish()
+
     stem = run.checkpoint_path.removesuffix(".pt")
     tested = {view: test(view, stem=stem) for view in ("center", "full")}
     if rank == 0:
@@ -614,6 +618,12 @@ def read_excluded(path):
         with open(path) as f:
             rows = [line.split(",") for line in f if line.strip()]
     return {f"{movie},{int(second):04d}" for movie, second in rows}
+
+
+def read_truth(folder):
+    """(the classes to evaluate, true boxes, keys that do not count) of a test."""
+    return (read_label_map(locate(folder, "actions")), read_boxes(locate(folder, "truth", "val")),
+            read_excluded(locate(folder, "excluded", "val", needed=False)))
 
 
 def match_boxes(truth, found, threshold):
@@ -704,10 +714,9 @@ def to_rows(frames, scores, classes):
 
 def evaluate(recipe, frames, scores, unreadable, view, every, stem):
     """The results of a test, a dict for json. With a stem, write STEM_<view>.csv and .json."""
-    names = read_label_map(locate(recipe.data, "actions"))
-    found, truth = to_rows(frames, scores, names), read_boxes(locate(recipe.data, "truth", "val"))
+    names, truth, excluded = read_truth(recipe.data)
     truth = truth[[int(key[-4:]) % every == 0 for key in truth["key"]]]
-    excluded = read_excluded(locate(recipe.data, "excluded", "val", needed=False))
+    found = to_rows(frames, scores, names)
     counted = truth["label"][[key not in excluded for key in truth["key"]]]
     precisions = average_precisions(truth, found, names, excluded, recipe.match)
     known = {label: value for label, value in precisions.items() if not math.isnan(value)}
@@ -761,8 +770,7 @@ def draw_detections(results, media, recipe, path, count=6, height=240):
     White: true boxes. Color: the classified boxes with their two best classes, green if a true box
     of an IoU of 0.5 or more has the class, else orange.
     """
-    names = read_label_map(locate(recipe.data, "actions"))
-    truth = read_boxes(locate(recipe.data, "truth", "val"))
+    names, truth, _ = read_truth(recipe.data)
     read = [(f, s) for f, s in zip(results["frames"], results["scores"]) if s is not None]
     read, pictures = read[::max(len(read) // count, 1)][:count], []
     style = {"font": ImageFont.load_default(13), "stroke_width": 2, "stroke_fill": "black"}
@@ -834,9 +842,8 @@ def load_for_test(recipe, overrides, print0):
     report = load_weights(detector.model, recipe.eval, verbose=False)
     if report["fresh"]:
         raise ValueError(f"--eval {recipe.eval} lacks {', '.join(report['fresh'])}")
-    print0(f"{recipe.eval}: {recipe.model}, {recipe.num_frames} frames at stride "
-           f"{recipe.sampling_rate}, {'x'.join(map(str, recipe.image_size))} pixels, boxes of "
-           f"score {recipe.box_score} or more, {len(report['resized'])} tensors resized")
+    print0(f"{recipe.eval}: "
+           + ", ".join(f"{key}={getattr(recipe, key)}" for key in MODEL_FIELDS))
     return recipe, detector
 
 
