@@ -236,8 +236,8 @@ def train(name, recipe, overrides, rank, world, device):
     if device_batch == 1 and (recipe.mixup or recipe.cutmix):
         raise ValueError(
             "mixup and cutmix pair the samples of a forward pass, and device_batch="
-            f"{recipe.device_batch} at batch_size={recipe.batch_size} leaves one in each of {world} "
-            "processes: raise --device-batch or --batch-size, or use --mixup 0 --cutmix 0")
+            f"{recipe.device_batch} at batch_size={recipe.batch_size} leaves one in each of "
+            f"{world} processes: raise --device-batch or --batch-size, or use --mixup 0 --cutmix 0")
     steps_per_epoch = len(samples) // recipe.batch_size
 
     # --------------------------------------------------------------------- model, optimizer, resume
