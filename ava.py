@@ -773,7 +773,8 @@ def draw_detections(results, media, recipe, path, count=6, height=240):
     names, truth, _ = read_truth(recipe.data)
     read = [(f, s) for f, s in zip(results["frames"], results["scores"]) if s is not None]
     read, pictures = read[::max(len(read) // count, 1)][:count], []
-    style = {"font": ImageFont.load_default(13), "stroke_width": 2, "stroke_fill": "black"}
+    font = ImageFont.load_default(13)
+    style = {"font": font, "stroke_width": 2, "stroke_fill": "black"}
     for frame, scores in read:
         x, _ = read_clip(media[frame.movie], frame, 1, 1, recipe.movie_start, height, recipe.data)
         picture = Image.fromarray(x[0].permute(1, 2, 0).numpy())
@@ -783,18 +784,20 @@ def draw_detections(results, media, recipe, path, count=6, height=240):
             pen.rectangle((box * size).tolist(), outline="white")
         for box, row in zip(frame.boxes, scores):
             right = set(true["label"][box_iou(true["box"], box[None])[:, 0] >= 0.5])
-            left, top, *_ = corners = (box * size).tolist()
+            corners = (box * size).tolist()
             for line, label in enumerate(sorted(names, key=lambda label: -row[label - 1])[:2]):
                 color = "lime" if label in right else "orange"
                 if line == 0:
                     pen.rectangle(corners, outline=color, width=2)
-                pen.text((left + 3, top + 2 + 14 * line),
-                         f"{names[label]} {100 * row[label - 1]:.0f}%", color, **style)
+                text = f"{names[label]} {100 * row[label - 1]:.0f}%"
+                left = min(corners[0] + 3, picture.width - font.getlength(text))
+                pen.text((left, corners[1] + 2 + 14 * line), text, color, **style)
         pen.text((4, height - 18), f"{frame.movie}, {frame.second} s", "white", **style)
         pictures.append(picture)
-    sheet = Image.new("RGB", (max(p.width for p in pictures), height * len(pictures)))
+    width = max(picture.width for picture in pictures)
+    sheet = Image.new("RGB", (min(3, len(pictures)) * width, -(-len(pictures) // 3) * height))
     for i, picture in enumerate(pictures):
-        sheet.paste(picture, (0, i * height))
+        sheet.paste(picture, (i % 3 * width, i // 3 * height))
     sheet.save(path)
 
 
