@@ -228,7 +228,7 @@ def should_compile(choice, device, print0=print):
     except Exception as error:  # no C compiler, no Triton, an unwritable cache, a new Python
         reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
         remedy = "install a C compiler such as gcc"
-        if "Read-only" in str(error) or "Permission" in str(error):
+        if "[Errno" in str(error):
             remedy = "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
         text = f"torch.compile does not work here ({reason[:200]}): {remedy}"
         if choice == "on":
@@ -237,8 +237,8 @@ def should_compile(choice, device, print0=print):
         return False
 
 
-def plan_batch(recipe, samples, world, is_given):
-    """(global batch size, micro-batches per rank and step).
+def plan_batch(recipe, samples, world, is_given, print0):
+    """(recipe with its final batch_size, samples per forward pass, passes per rank and step).
 
     A batch that was not given is at most 1/16 of the samples. A rank's share is cut into the fewest
     equal parts of at most device_batch. Raises ValueError if the batch does not divide.
@@ -246,13 +246,28 @@ def plan_batch(recipe, samples, world, is_given):
     size = recipe.batch_size
     if not is_given and size > samples // 16:
         size = max(2 ** int(math.log2(max(samples // 16, 1))) // world, 1) * world
+        print0(f"batch_size {recipe.batch_size} -> {size}: the data set has only {samples} samples")
     if size % world:
         raise ValueError(f"batch_size={size} is no multiple of the {world} processes: use one")
     if size > samples:
-        raise ValueError(f"batch_size={size} is more than the {samples} samples: use {samples} or "
-                         "less")
+        raise ValueError(f"batch_size={size} is more than the {samples} samples: use fewer")
     share, most = size // world, max(recipe.device_batch // getattr(recipe, "repeats", 1), 1)
-    return size, next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most)
+    parts = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most)
+    return dataclasses.replace(recipe, batch_size=size), share // parts, parts
+
+
+def print_setup(name, recipe, model, optimizer, world, device_batch, amp, print0):
+    """What is about to be trained, and how."""
+    fields = ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(recipe).items())
+    print0(f"recipe {name}: {fields}")
+    size, weights = recipe.batch_size, list(model.parameters())
+    stem = optimizer.param_groups[0]["lr_scale"]
+    print0(f"batch {size} = {world} processes x {device_batch} samples x "
+           f"{size // world // device_batch} accumulated; peak lr {recipe.lr:g} x "
+           f"{size}/{recipe.lr_batch} = {recipe.lr * size / recipe.lr_batch:g}"
+           + (f" at the head, x {stem:.2g} at the stem" if stem != 1 else "")
+           + f"; {amp} on {weights[0].device}; {sum(p.numel() for p in weights) / 1e6:.1f} M "
+           "parameters")
 
 
 # ------------------------------------------------------------------------------------- checkpoints

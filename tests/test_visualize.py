@@ -4,8 +4,8 @@ import torch
 from models import build_maskfeat
 from visualize import panels, sheet
 
-RECIPE = dict(model="vit_tiny", target="hog", image_size=(64, 64), num_frames=4, output_stride=16, patch_size=8, expand="mlp",
-              drop_path=0.0, checkpointing=False, bins=9, cell=8, norm="l2", color="rgb", gradient="sobel",
+RECIPE = dict(model="vit_tiny", target="hog", image_size=(64, 64), patch_size=8, drop_path=0.0,
+              checkpointing=False, bins=9, cell=8, norm="l2", color="rgb", gradient="sobel",
               pixel_norm="dataset", mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
 
 
