@@ -164,8 +164,8 @@ def erase(x, boxes, seeds):
     Returns x. Raises ValueError if x is not float or the lengths differ. Release: "pixel" mode.
     """
     if not x.is_floating_point() or not len(x) == len(boxes) == len(seeds):
-        raise ValueError(f"cannot erase in {x.dtype} x of {len(x)} samples with {len(boxes)} boxes, "
-                         f"{len(seeds)} seeds: normalize x, and give one of each per sample")
+        raise ValueError(f"cannot erase {x.dtype} x of {len(x)} samples with {len(boxes)} boxes "
+                         f"and {len(seeds)} seeds: normalize x, give one of each per sample")
     for sample, (top, left, h, w), seed in zip(x, boxes.tolist(), seeds.tolist()):
         if h:
             generator = torch.Generator(x.device).manual_seed(seed)

@@ -200,7 +200,8 @@ def foreign_recipe(checkpoint):
     if kind not in KINDS:
         raise ValueError(f"{form} checkpoint of no known model: {kind} is not in {KINDS}")
     name, video = KINDS[kind], KINDS[kind] in mvit.MODELS
-    tables = [f"blocks.0.attn.rel_pos_{x}" for x in "thw"] + [f"blocks.{kind[2] - 1}.attn.rel_pos_h"]
+    tables = [f"blocks.0.attn.rel_pos_{axis}" for axis in "thw"]
+    tables += [f"blocks.{kind[2] - 1}.attn.rel_pos_h"]
     for table in tables if video else ["pos_embed"]:
         if table not in state:
             raise ValueError(f"{form} checkpoint of {name} lacks {table}")

@@ -22,9 +22,8 @@ def contact_sheet(clip, seed):
     """PIL image of a clip (T, 3, height, width) uint8, six times augmented and twice mixed."""
     T, _, height, width = clip.shape
     normalize = lambda frames: (frames.transpose(0, 1) / 255 - 0.45) / 0.225  # (3, T, H, W)
-    to_bytes = lambda x: ((x.transpose(0, 1) * 0.225 + 0.45) * 255).round().clamp(0, 255).byte()
-    original = data.crop_resize(clip, data.center_box(height, width, 1), (SIZE, SIZE))
-    rows = [("original", original)]
+    x = normalize(data.crop_resize(clip, data.center_box(height, width, 1), (SIZE, SIZE)))
+    rows = [("original", x)]
     for row in range(6):
         rng = random.Random(f"{seed} {row}")
         operations = draw_operations(rng)
@@ -33,32 +32,30 @@ def contact_sheet(clip, seed):
         box = data.random_resized_crop_box(height, width, rng, scale=(0.08, 1))  # release
         frames = data.crop_resize(torch.from_numpy(frames).permute(0, 3, 1, 2), box, (SIZE, SIZE))
         flip, hole = rng.random() < 0.5, erasing_box(SIZE, SIZE, rng)
-        x = normalize(frames.flip(-1) if flip else frames)
-        x = erase(x[None], torch.tensor([hole]), torch.tensor([seed + row]))[0]
+        frames = normalize(frames.flip(-1) if flip else frames)[None]
         lines = [name if a is None else f"{name} {a:.3g}" for name, a in operations]
         lines = (lines or ["no operation"]) + [f"crop to {box[2] * box[3] / height / width:.0%}"]
         lines += ["flip"] * flip + [f"erase {hole[2]} x {hole[3]}"] * (hole[2] > 0)
-        rows.append(("\n".join(lines), to_bytes(x)))
-    x = normalize(original)
-    pair = torch.stack([x, x.flip(-2)])  # with itself upside down
+        frames = erase(frames, torch.tensor([hole]), torch.tensor([seed + row]))[0]
+        rows.append(("\n".join(lines), frames))
     for name, off in (("mixup", {"cutmix": 0}), ("cutmix", {"mixup": 0})):
-        rng = random.Random(f"{name} {seed}")
-        x, targets = mix(pair, torch.tensor([0, 1]), 2, rng, smoothing=0, **off)
-        rows.append((f"{name}\n{targets[0, 0]:.2f} of the original", to_bytes(x[0])))
+        rng, pair = random.Random(f"{name} {seed}"), torch.stack([x, x.flip(-2)])  # upside down
+        mixed, targets = mix(pair, torch.tensor([0, 1]), 2, rng, smoothing=0, **off)
+        rows.append((f"{name}\n{targets[0, 0]:.2f} of the original", mixed[0]))
     sheet = Image.new("RGB", (MARGIN + T * STEP, len(rows) * STEP), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for r, (text, frames) in enumerate(rows):
         pen.text((6, r * STEP + 6), text, "black", font)
-        for t, frame in enumerate(frames.permute(0, 2, 3, 1).numpy()):
+        frames = ((frames * 0.225 + 0.45) * 255).round().clamp(0, 255).byte()  # (3, T, H, W)
+        for t, frame in enumerate(frames.permute(1, 2, 3, 0).numpy()):
             sheet.paste(Image.fromarray(frame), (MARGIN + t * STEP, r * STEP))
     return sheet
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file")
-    parser.add_argument("output")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", help="a video or an image")
+    parser.add_argument("output", help="picture to write")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if not os.path.isfile(args.file):
