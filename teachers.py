@@ -55,13 +55,14 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """DALL-E's dVAE encoder, 54 M parameters (Sec. 2.2, Table 1): one of 8192 tokens for 8x8 pixels."""
+    """DALL-E's dVAE encoder, 54 M parameters (Sec. 2.2, Table 2): a token for 8x8 pixels."""
 
     def __init__(self):
         super().__init__()
         layers, dims = OrderedDict(input=Conv(3, 256, 7)), (256, 256, 512, 1024, 2048)
         for k in range(1, 5):
-            group = {"block_1": EncoderBlock(dims[k - 1], dims[k]), "block_2": EncoderBlock(dims[k], dims[k])}
+            group = {"block_1": EncoderBlock(dims[k - 1], dims[k]),
+                     "block_2": EncoderBlock(dims[k], dims[k])}
             pool = {"pool": nn.MaxPool2d(2)} if k < 4 else {}
             layers[f"group_{k}"] = nn.Sequential(OrderedDict(group | pool))
         layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv(2048, 8192, 1)))
@@ -246,7 +247,7 @@ def dalle_name(name):
 
 
 def read_state(path, sign):
-    """(state dict in our names, its place) of a teacher's file. sign: a tensor that it must have."""
+    """(state dict in our names, its place) of a teacher's file. sign: a tensor it must have."""
     if not path:
         raise ValueError("this target needs a teacher: name its file of weights with --teacher")
     with torch.serialization.safe_globals([(Inert, name) for name in PICKLED]):
@@ -300,8 +301,8 @@ def load_vit(path, align="bilinear"):
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     presets = {(128, 6): vit.vit_tiny, (768, 12): vit.vit_b, (1024, 24): vit.vit_l}
     if (width, depth) not in presets or side * side + 1 != positions:
-        raise ValueError(f"{path} has {depth} blocks, {width} wide, pos_embed of {positions}: use a "
-                         "ViT-B, ViT-L or vit_tiny with a class token and a square grid")
+        raise ValueError(f"{path} has {depth} blocks, {width} wide, pos_embed of {positions}: use "
+                         "a ViT-B, ViT-L or vit_tiny with a class token and a square grid")
 
     def build():
         return presets[width, depth](num_classes=1, image_size=side * patch, patch_size=patch)

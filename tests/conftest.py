@@ -1,4 +1,4 @@
-"""Shared by the tests: the project on the path, and the inputs that tests/golden was measured on."""
+"""Shared by the tests: the project on the path, and the inputs that tests/golden belongs to."""
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ def golden():
 
 @pytest.fixture(scope="session")
 def released(tmp_path_factory):
-    """released("mvitv2_s_pt") -> path of a checkpoint in the release's layout with deterministic weights."""
+    """released("mvitv2_s_pt") -> path of a checkpoint in the release's layout, fixed weights."""
     from make_checkpoint import main
     folder = tmp_path_factory.mktemp("released")
 
@@ -35,7 +35,8 @@ def released(tmp_path_factory):
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory):
     """A folder with 12 training and 4 validation clips."""
-    code = ("import sys, numpy as np; from pathlib import Path; from tools.synthetic import draw_clip, write_video\n"
+    code = ("import sys, numpy as np; from pathlib import Path\n"
+            "from tools.synthetic import draw_clip, write_video\n"
             "for split, count in (('train', 6), ('val', 2)):\n"
             "    for name in ('circle_growing', 'square_up_down'):\n"
             "        folder = Path(sys.argv[1], split, name); folder.mkdir(parents=True)\n"

@@ -1,4 +1,5 @@
-"""The slow, obvious forms of what hog.py and mvit.py compute: references for the tests, opponents for bench.py."""
+"""The slow, obvious forms of what hog.py, vit.py and mvit.py compute: references for the tests,
+rivals for tools/bench.py."""
 import math
 
 import torch
@@ -8,15 +9,15 @@ from mvit import relative_table
 
 
 def plain_attention(q, k, v, q_thw, k_thw, rel_pos_t, rel_pos_h, rel_pos_w):
-    """`mvit.attention` as the equations stand: logits and bias materialised, one (Nq x Nk) tensor each."""
+    """`mvit.attention` as the equations stand, with (Nq x Nk) logits and bias."""
     C = q.shape[-1]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                          # (B, heads, 1 + N, C)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                # (B, heads, 1 + N, C)
     logits = (q * C ** -0.5) @ k.transpose(-2, -1)
     grid = q[:, :, 1:].unflatten(2, q_thw)
     bias = 0
     for axis, table in enumerate((rel_pos_t, rel_pos_h, rel_pos_w)):
         rel = relative_table(table, q_thw[axis], k_thw[axis]).to(q.dtype)
-        part = torch.einsum(f"bnthwc,{'thw'[axis]}kc->bnthwk", grid, rel)     # (B, heads, t, h, w, K)
+        part = torch.einsum(f"bnthwc,{'thw'[axis]}kc->bnthwk", grid, rel)
         shape = [1, 1, 1]
         shape[axis] = k_thw[axis]
         bias = bias + part.unflatten(-1, shape).expand(*part.shape[:-1], *k_thw)
@@ -25,24 +26,25 @@ def plain_attention(q, k, v, q_thw, k_thw, rel_pos_t, rel_pos_h, rel_pos_w):
 
 
 def plain_pool(self, x, conv, norm, thw):
-    """`MultiScaleAttention.pool` with heads as samples of a batch and channels before space."""
+    """`MultiScaleAttention.pool` with heads as samples of a batch."""
     B, N, D = x.shape
-    x = x.reshape(B, N, self.num_heads, -1).transpose(1, 2)                    # (B, heads, 1 + N, C)
+    x = x.reshape(B, N, self.num_heads, -1).transpose(1, 2)              # (B, heads, 1 + N, C)
     patches = x[:, :, 1:].unflatten(2, thw).flatten(0, 1).permute(0, 4, 1, 2, 3).contiguous()
-    patches = F.conv3d(patches, conv.weight, None, conv.stride, 1, 1, len(conv.weight))       # (B * heads, C, t', h', w')
+    patches = F.conv3d(patches, conv.weight, None, conv.stride, 1, 1, len(conv.weight))
     tokens = patches.flatten(2).transpose(1, 2).unflatten(0, (B, self.num_heads))
-    return norm(torch.cat([x[:, :, :1], tokens], dim=2)).transpose(1, 2), tuple(patches.shape[2:])
+    tokens = norm(torch.cat([x[:, :, :1], tokens], dim=2))
+    return tokens.transpose(1, 2), tuple(patches.shape[2:])
 
 
 def plain_vit_attention(self, x):
-    """`vit.Attention.forward` with the (N x N) weights of every head materialised."""
-    q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)    # each (B, heads, N, C)
-    weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)     # (B, heads, N, N)
+    """`vit.Attention.forward` with the (N x N) weights of every head."""
+    q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
     return self.proj((weights @ v).transpose(1, 2).flatten(2))
 
 
 def plain_hog(images, bins=9, cell=8):
-    """atan2, then every pixel's magnitude scattered into a row of bins of its own, then summed over cells."""
+    """Every pixel's magnitude scattered into a row of bins of its own, then summed over cells."""
     B, C = images.shape[:2]
     sobel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], device=images.device)
     padded = F.pad(images.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="reflect")
