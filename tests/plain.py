@@ -57,9 +57,9 @@ def plain_hog(images, bins=9, cell=8):
 
 
 def plain_clip(path, num_frames=16, sampling_rate=4, position=0.5, short_side=256):
-    """`data.read_clip` of a file whose frames all carry their times: decode all to RGB at full size, then pick.
+    """`video.read_clip` of a file whose frames all have times: decode all to RGB, then pick.
 
-    By one thread, as there: what a core gets done is what counts, since a loader has a worker on each.
+    It takes one thread, as read_clip does, since a loader has a worker on each core.
     """
     import av
     with av.open(str(path)) as container:
@@ -71,9 +71,10 @@ def plain_clip(path, num_frames=16, sampling_rate=4, position=0.5, short_side=25
     picked = []
     for j in range(num_frames):
         moment = frames[0][0] + position * spare + j * sampling_rate / 30
-        shown = [picture for time, picture in frames if time <= moment + 6e-4]             # up to that moment
+        shown = [picture for time, picture in frames if time <= moment + 6e-4]
         picked.append(torch.from_numpy(shown[-1]))
-    clip = torch.stack(picked).permute(0, 3, 1, 2).float()                    # (T, 3, height, width)
+    clip = torch.stack(picked).permute(0, 3, 1, 2).float()
     scale = short_side / min(clip.shape[2:])
-    clip = F.interpolate(clip, [round(side * scale) for side in clip.shape[2:]], mode="bilinear", antialias=True)
+    size = [round(side * scale) for side in clip.shape[2:]]
+    clip = F.interpolate(clip, size, mode="bilinear", antialias=True)
     return clip.round().to(torch.uint8)

@@ -87,7 +87,8 @@ def test_pretraining(name, x_shape, mask_shape, golden, released):
             loss, prediction = model(x, coarse)
         assert loss.item() == pytest.approx(float(z["loss_coarse_mask"]), rel=1e-5)
         fine = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3).flatten(1)
-        np.testing.assert_allclose(prediction[fine].flatten()[:64], z["coarse_pred_first64"], atol=1e-5)
+        first64 = prediction[fine].flatten()[:64]
+        np.testing.assert_allclose(first64, z["coarse_pred_first64"], atol=1e-5)
 
 
 @pytest.mark.slow

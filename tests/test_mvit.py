@@ -199,7 +199,8 @@ def test_drop_path():
     assert (y == y[:, :1, :1]).all()
     assert y.mean().item() == pytest.approx(1, abs=0.05)        # standard error 0.01
     assert torch.equal(drop.eval()(x), x)
-    assert [round(b.drop_path.p, 3) for b in tiny(drop_path=0.2).blocks] == [0, 0.05, 0.1, 0.15, 0.2]
+    rates = [round(block.drop_path.p, 3) for block in tiny(drop_path=0.2).blocks]
+    assert rates == [0, 0.05, 0.1, 0.15, 0.2]
 
 
 def test_autocast_stays_close():

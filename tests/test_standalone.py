@@ -25,5 +25,6 @@ def test_leaf_works_alone(name, tmp_path):
     blocked = ("av", "tqdm") if name == "augment" else ("PIL", "av", "tqdm")
     code = (f"import sys\nfor other in {blocked}: sys.modules[other] = None\n"
             f"import torch, {name}\n{USES[name]}")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
