@@ -32,16 +32,20 @@ class UnreadableFile(ValueError):
         self.path, self.reason = str(path), str(reason)
 
 
-def check_file_limit(error):
-    """Raises OSError with the remedy if `error` says that the process has too many open files.
+def file_limit():
+    """How many files this process may have open at once."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.inf
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return limit if limit >= 0 else math.inf
 
-    That is no fault of the file, so it must not count as unreadable.
-    """
-    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-        import resource  # Windows has no such module, and no such limit
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        raise OSError(error.errno, f"too many open files, the limit is {limit}: raise it (ulimit -n 4096) "
-                                   "or use fewer --workers") from error
+
+def out_of_files():
+    """The error for too many open files. It is no fault of a file, so no UnreadableFile."""
+    return OSError(f"too many open files, the limit is {file_limit()}: raise it (ulimit -n 4096) "
+                   "or use fewer --workers")
 
 
 def check_regular(path):
@@ -74,7 +78,8 @@ def open_video(path, quick=False):
             stream.codec_context.thread_count = 1
             yield container, stream
     except (av.FFmpegError, OSError) as error:
-        check_file_limit(error)
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise out_of_files() from error
         raise UnreadableFile(path, getattr(error, "strerror", None) or error) from error
 
 
@@ -318,7 +323,8 @@ def read_image(path):
             image = image.reduce(2)
         return image
     except Exception as error:  # a damaged file can raise anything in Pillow
-        check_file_limit(error)
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            raise out_of_files() from error
         raise UnreadableFile(path, error) from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
