@@ -50,34 +50,16 @@ def init_distributed():
     return int(os.environ.get("RANK", 0)), world, device
 
 
-def usable_cores(root="/"):
-    """CPU cores for this process, by its affinity and its container's quota (cgroup v1 or v2).
-
-    root: where /proc and /sys are.
-    """
+def usable_cores(cgroup="/sys/fs/cgroup"):
+    """CPU cores for this process, by its affinity and its container's quota (cgroup v2 or v1)."""
     on_linux = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
-    with contextlib.suppress(OSError), open(os.path.join(root, "proc/self/cgroup")) as f:
-        for line in f:
-            _, controllers, group = line.strip().split(":", 2)
-            if controllers and "cpu" not in controllers.split(","):
-                continue
-            top = os.path.join(root, "sys/fs/cgroup", "cpu" if controllers else "").rstrip("/")
-            folder = top + group.rstrip("/")
-            while folder.startswith(top):  # every group above limits, too
-                cores = min(cores, read_quota(folder))
-                folder = os.path.dirname(folder)
-    return max(int(cores), 1)
-
-
-def read_quota(folder):
-    """Cores that one cgroup allows, rounded up. Infinity if it sets no limit."""
-    text = ""
-    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
         with contextlib.suppress(OSError):
-            text = " ".join(Path(folder, name).read_text() for name in names)
-    quota, period = (text.split() + ["max", "1"])[:2]
-    return math.inf if quota in ("max", "-1") else math.ceil(int(quota) / int(period))
+            quota, period = " ".join(Path(cgroup, name).read_text() for name in names).split()
+            if quota not in ("max", "-1"):
+                cores = min(cores, math.ceil(int(quota) / int(period)))
+    return cores
 
 
 def cores_per_process():
@@ -111,7 +93,7 @@ def reduce_mean(value, device):
 
 
 def gather_list(items):
-    """Concatenation over ranks of a list of plain objects, the same on all. All must call it."""
+    """Concatenation over ranks of a list of plain objects. All ranks must call it."""
     if not dist.is_initialized():
         return items
     parts = [None] * dist.get_world_size()
@@ -135,10 +117,10 @@ def from_rank0(function, *arguments):
 
 
 def wrap_ddp(model):
-    """The model under DistributedDataParallel if there are several processes. Buffers are constants
-    here (a whole teacher may be among them), so they are not broadcast."""
+    """The model under DistributedDataParallel if there are several processes."""
     if not dist.is_initialized():
         return model
+    # Buffers are constants here, a whole teacher may be among them.
     return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
@@ -168,8 +150,7 @@ def set_lr(optimizer, recipe, epoch):
 
 
 def layer_id(name, depth):
-    """0 for the stem (class and mask token, positions, patch embedding), i + 1 for block i,
-    depth + 1 for norm and head (release)."""
+    """0 for the stem, i + 1 for block i, depth + 1 for norm and head (release)."""
     if name.startswith(("cls_token", "mask_token", "pos_embed", "patch_embed")):
         return 0
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
@@ -216,10 +197,8 @@ def mixed_precision(amp, device):
 
 
 def should_compile(choice, device, print0=print):
-    """Whether to torch.compile, for choice = on, off or auto (on a GPU, where a compiler works).
-
-    Raises ValueError if it is on and cannot work, such as without a C++ compiler.
-    """
+    """Whether to torch.compile, for choice = on, off or auto: on a GPU, if there is a compiler.
+    Raises ValueError for "on" without one."""
     if choice == "off" or choice == "auto" and device.type != "cuda":
         return False
     try:
@@ -228,7 +207,7 @@ def should_compile(choice, device, print0=print):
     except Exception as error:  # no C compiler, no Triton, an unwritable cache, a new Python
         reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
         remedy = "install a C compiler such as gcc"
-        if "Read-only" in str(error) or "Permission" in str(error):
+        if "[Errno" in str(error):
             remedy = "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
         text = f"torch.compile does not work here ({reason[:200]}): {remedy}"
         if choice == "on":
@@ -237,8 +216,8 @@ def should_compile(choice, device, print0=print):
         return False
 
 
-def plan_batch(recipe, samples, world, is_given):
-    """(global batch size, micro-batches per rank and step).
+def plan_batch(recipe, samples, world, is_given, print0):
+    """(recipe with its final batch_size, samples per forward pass, passes per rank and step).
 
     A batch that was not given is at most 1/16 of the samples. A rank's share is cut into the fewest
     equal parts of at most device_batch. Raises ValueError if the batch does not divide.
@@ -246,13 +225,28 @@ def plan_batch(recipe, samples, world, is_given):
     size = recipe.batch_size
     if not is_given and size > samples // 16:
         size = max(2 ** int(math.log2(max(samples // 16, 1))) // world, 1) * world
+        print0(f"batch_size {recipe.batch_size} -> {size}: the data set has only {samples} samples")
     if size % world:
         raise ValueError(f"batch_size={size} is no multiple of the {world} processes: use one")
     if size > samples:
-        raise ValueError(f"batch_size={size} is more than the {samples} samples: use {samples} or "
-                         "less")
+        raise ValueError(f"batch_size={size} is more than the {samples} samples: use fewer")
     share, most = size // world, max(recipe.device_batch // getattr(recipe, "repeats", 1), 1)
-    return size, next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most)
+    parts = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most)
+    return dataclasses.replace(recipe, batch_size=size), share // parts, parts
+
+
+def print_setup(name, recipe, model, optimizer, world, device_batch, amp, print0):
+    """What is about to be trained, and how."""
+    fields = ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(recipe).items())
+    print0(f"recipe {name}: {fields}")
+    size, weights = recipe.batch_size, list(model.parameters())
+    stem = optimizer.param_groups[0]["lr_scale"]
+    print0(f"batch {size} = {world} processes x {device_batch} samples x "
+           f"{size // world // device_batch} accumulated; peak lr {recipe.lr:g} x "
+           f"{size}/{recipe.lr_batch} = {recipe.lr * size / recipe.lr_batch:g}"
+           + (f" at the head, x {stem:.2g} at the stem" if stem != 1 else "")
+           + f"; {amp} on {weights[0].device}; {sum(p.numel() for p in weights) / 1e6:.1f} M "
+           "parameters")
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -407,7 +401,8 @@ class Run:
             raise ValueError(f"not all nodes see the same {self.checkpoint_path}: put --out on a "
                              "file system that they share")
         os.makedirs(recipe.out, exist_ok=True)
-        self.log = Logger(self.log_path, self.step, self.rank)
+        if self.rank == 0:
+            drop_later_lines(self.log_path, self.step)
         self.saved_step, self.skipped_in_row, self.save_is_due = self.step, 0, False
         self.unreadable, self.new_unreadable = {}, {}         # path: reason
         self.loss_sum, self.loss_steps = torch.zeros((), device=device), 0
@@ -432,7 +427,7 @@ class Run:
         return set_lr(self.optimizer, self.recipe, self.epoch)
 
     def next_batch(self, batches):
-        """The next micro-batch. On a signal all ranks save, discard the step and exit."""
+        """The next micro-batch. Leaves on a signal."""
         start, batch = time.perf_counter(), None
         try:
             self.stop.waiting = True                          # from here a signal raises Stopped
@@ -444,14 +439,18 @@ class Run:
         except Stopped:
             pass
         self.waited += time.perf_counter() - start
+        self.exit_on_signal()
+        self.new_unreadable.update(batch["unreadable"])
+        return batch
+
+    def exit_on_signal(self):
+        """On a signal all ranks save, discard the unfinished step and exit. All must call it."""
         if name := self.stop.agreed():
             self.bar.close()
             self.save_if_safe()
             self.print0(f"stopped by {name} after step {self.step} of {self.total_steps}: "
                         f"{self.checkpoint_path} holds step {self.saved_step}, go on with --resume")
             sys.exit(128 + signal.Signals[name])
-        self.new_unreadable.update(batch["unreadable"])
-        return batch
 
     def end_step(self, loss, lr, **values):
         """Clip, step or skip, then log and save where due.
@@ -511,6 +510,13 @@ class Run:
         self.new_unreadable = {}
         self.restart_clock()
 
+    def log(self, **values):
+        """Add a line to log.jsonl."""
+        if self.rank == 0:
+            with open(self.log_path, "a") as f:
+                line = {"time": round(time.time(), 3), **values}
+                f.write(json.dumps(line, allow_nan=False) + "\n")
+
     def safe_to_save(self):
         """Weights about to blow up are not saved. With fp16, one or two skipped steps are only the
         loss scale that settles."""
@@ -537,25 +543,14 @@ class Run:
                     f"{peak_memory(self.device):.2f} GiB")
 
 
-class Logger:
-    """Lines of JSON in `path`, on rank 0. Starting from a step drops what a killed run logged after
-    it."""
-
-    def __init__(self, path, step=0, rank=0):
-        self.path = path if rank == 0 else None
-        if self.path and os.path.exists(path):
-            with open(path) as f:
-                lines = [line for line in f if line.endswith("\n")]  # a kill can leave half a line
-            kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
-            with open(path + ".tmp", "w") as f:
-                f.writelines(kept)
-            os.replace(path + ".tmp", path)
-
-    def __call__(self, **values):
-        if self.path:
-            with open(self.path, "a") as f:
-                line = {"time": round(time.time(), 3), **values}
-                f.write(json.dumps(line, allow_nan=False) + "\n")
+def drop_later_lines(log_path, step):
+    """Drop from a log what a killed run wrote after the step that it goes on from."""
+    if os.path.exists(log_path):
+        with open(log_path) as f:
+            lines = [line for line in f if line.endswith("\n")]      # a kill can leave half a line
+        with open(log_path + ".tmp", "w") as f:
+            f.writelines(line for line in lines if json.loads(line).get("step", 0) <= step)
+        os.replace(log_path + ".tmp", log_path)
 
 
 def peak_memory(device):

@@ -230,19 +230,15 @@ def train(name, recipe, overrides, rank, world, device):
         layouts.find_labeled, recipe.data, "train", (), recipe.num_classes, recipe.limit_per_class)
     val_samples, _ = engine.from_rank0(layouts.find_labeled, recipe.data, "val", classes)
     models.check_kind(recipe.model, samples)
-    batch_size, accumulate = engine.plan_batch(
-        recipe, len(samples), world, "batch_size" in overrides)
-    if batch_size != recipe.batch_size:
-        print0(f"batch_size {recipe.batch_size} -> {batch_size}: the data set has only "
-               f"{len(samples)} samples")
-    recipe = replace(recipe, batch_size=batch_size, num_classes=len(classes))
-    device_batch = batch_size // world // accumulate
+    recipe, device_batch, accumulate = engine.plan_batch(
+        replace(recipe, num_classes=len(classes)), len(samples), world,
+        "batch_size" in overrides, print0)
     if device_batch == 1 and (recipe.mixup or recipe.cutmix):
         raise ValueError(
-            "mixup and cutmix pair the samples of a forward pass, and a batch of "
-            f"{batch_size} over {world} processes with device_batch={recipe.device_batch} leaves "
-            "one in each: raise --device-batch or --batch-size, or use --mixup 0 --cutmix 0")
-    steps_per_epoch = len(samples) // batch_size
+            "mixup and cutmix pair the samples of a forward pass, and device_batch="
+            f"{recipe.device_batch} at batch_size={recipe.batch_size} leaves one in each of "
+            f"{world} processes: raise --device-batch or --batch-size, or use --mixup 0 --cutmix 0")
+    steps_per_epoch = len(samples) // recipe.batch_size
 
     # --------------------------------------------------------------------- model, optimizer, resume
     checkpoint = engine.find_checkpoint(recipe)
@@ -250,18 +246,12 @@ def train(name, recipe, overrides, rank, world, device):
     model = make_model(recipe, checkpoint is not None, rank).to(device)
     amp, autocast, scaler = engine.mixed_precision(recipe.amp, device)
     optimizer = engine.make_optimizer(model, recipe)
-    print0(f"recipe {name}: "
-           + ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(recipe).items()))
+    engine.print_setup(name, recipe, model, optimizer, world, device_batch, amp, print0)
     print0(f"{len(samples)} {samples.kind}s of {len(classes)} classes to train, {len(val_samples)} "
            f"to validate; {len(samples.ignored) + len(val_samples.ignored)} other files ignored, "
            f"{len(samples.missing) + len(val_samples.missing)} listed but missing; "
            f"{steps_per_epoch} steps per epoch, {recipe.epochs} epochs x {recipe.repeats} "
-           f"augmentations, {recipe.epochs * steps_per_epoch} steps")
-    print0(f"batch {batch_size} = {world} processes x {device_batch} samples x {accumulate} "
-           f"accumulated; peak lr {recipe.lr:g} x {batch_size}/{recipe.lr_batch} = "
-           f"{recipe.lr * batch_size / recipe.lr_batch:g} at the head, x "
-           f"{optimizer.param_groups[0]['lr_scale']:.2g} at the stem; {amp} on {device}; "
-           f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, from "
+           f"augmentations, {recipe.epochs * steps_per_epoch} steps, from "
            + ("the resumed run, not --init" if checkpoint else recipe.init or "scratch"))
     if recipe.warmup_epochs >= recipe.epochs:
         print0(f"note: the warm-up of {recipe.warmup_epochs:g} epochs does not end before the "
@@ -274,8 +264,8 @@ def train(name, recipe, overrides, rank, world, device):
     if engine.should_compile(recipe.compile, device, print0):
         model.compile()                                       # in place: names keep no prefix
     ddp = engine.wrap_ddp(model)
-    batches = data.EpochBatches(len(samples), batch_size, recipe.epochs, recipe.seed, rank, world,
-                                device_batch, run.step)
+    batches = data.EpochBatches(len(samples), recipe.batch_size, recipe.epochs, recipe.seed, rank,
+                                world, device_batch, run.step)
     loader = iter(data.make_loader(
         make_dataset(recipe, samples), batches, engine.loader_workers(recipe.workers, device),
         pin_memory=device.type == "cuda", collate=data.collate_repeats))

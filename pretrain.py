@@ -157,14 +157,9 @@ def main():
         recipe = replace(recipe, data=synthetic.make_dataset("data/synthetic", print0=print0))
     samples = engine.from_rank0(layouts.find_samples, recipe.data, "train")
     check(recipe, samples)
-    batch_size, accumulate = engine.plan_batch(
-        recipe, len(samples), world, "batch_size" in overrides)
-    if batch_size != recipe.batch_size:
-        print0(f"batch_size {recipe.batch_size} -> {batch_size}: the data set has only "
-               f"{len(samples)} samples")
-        recipe = replace(recipe, batch_size=batch_size)
-    device_batch = batch_size // world // accumulate
-    steps_per_epoch = len(samples) // batch_size
+    recipe, device_batch, accumulate = engine.plan_batch(
+        recipe, len(samples), world, "batch_size" in overrides, print0)
+    steps_per_epoch = len(samples) // recipe.batch_size
 
     # --------------------------------------------------------------------- model, optimizer, resume
     checkpoint = None if recipe.dry_run else engine.find_checkpoint(recipe)
@@ -181,15 +176,10 @@ def main():
         **data.target_inputs(model.target, samples.paths, grid[-2:], stride[0], recipe.teacher))
     amp, autocast, scaler = engine.mixed_precision(recipe.amp, device)
     optimizer = engine.make_optimizer(model, recipe)
-    print0(f"recipe {name}: "
-           + ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(recipe).items()))
+    engine.print_setup(name, recipe, model, optimizer, world, device_batch, amp, print0)
     print0(f"{len(samples)} {samples.kind}s, {len(samples.ignored)} other files ignored, "
            f"{len(samples.missing)} listed but missing; {steps_per_epoch} steps per epoch, "
-           f"{recipe.epochs} effective epochs, {recipe.epochs * steps_per_epoch} steps")
-    print0(f"batch {batch_size} = {world} processes x {device_batch} samples x {accumulate} "
-           f"accumulated; peak lr {recipe.lr:g} x {batch_size}/{recipe.lr_batch} = "
-           f"{recipe.lr * batch_size / recipe.lr_batch:g}; {amp} on {device}; "
-           f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+           f"{recipe.epochs} effective epochs, {recipe.epochs * steps_per_epoch} steps; "
            f"{model.target.dim} numbers to predict per token of grid {'x'.join(map(str, grid))}")
     if hasattr(model.target, "teacher"):
         teacher = model.target.teacher
@@ -204,8 +194,8 @@ def main():
     if engine.should_compile(recipe.compile, device, print0):
         model.compile()                                       # in place: names keep no prefix
     ddp = engine.wrap_ddp(model)
-    batches = data.EpochBatches(len(samples), batch_size, recipe.epochs, recipe.seed, rank, world,
-                                device_batch, run.step)
+    batches = data.EpochBatches(len(samples), recipe.batch_size, recipe.epochs, recipe.seed, rank,
+                                world, device_batch, run.step)
     loader = iter(data.make_loader(dataset, batches, engine.loader_workers(recipe.workers, device),
                                    pin_memory=on_gpu))
 

@@ -5,8 +5,8 @@
                                               "clip":   all of the input, (B, 3, T, H, W)
                                               "view", "labels": what the loader adds under this name (data.py)
     target.dim                              numbers per output token
-    target(x)                               x: as above, intact -> goal (B, t*h*w, ...), tokens row by row
-    target.loss(prediction, goal, mask)     (B, N, dim), the goal, bool (B, N) -> scalar, mean over masked tokens
+    target(x)                               x: as above, intact -> target (B, t*h*w, ...), tokens row by row
+    target.loss(prediction, target, mask)     (B, N, dim), the target, bool (B, N) -> scalar, mean over masked tokens
 """
 import functools
 
@@ -23,9 +23,9 @@ def masked_mean(values, mask):
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
-def masked_mse(prediction, goal, mask):
-    """Mean squared error over the masked tokens of the batch and all their numbers (Sec. 2.1: l2; release: mean)."""
-    return masked_mean((prediction - goal).square().mean(dim=-1), mask)
+def masked_mse(prediction, target, mask):
+    """Mean squared error over the masked tokens of the batch and all their numbers (Sec. 2.2: l2; release: mean)."""
+    return masked_mean((prediction - target).square().mean(dim=-1), mask)
 
 
 # ----------------------------------------------------------------------------------------------------- of pixels alone
@@ -123,9 +123,9 @@ class FeatureTarget(nn.Module):
         return F.normalize(x.flatten(2).transpose(1, 2).reshape(B, -1, self.dim), dim=-1)
 
     @staticmethod
-    def loss(prediction, goal, mask):
+    def loss(prediction, target, mask):
         """Mean squared error of unit vectors, (2 - 2 cos) / dim (Sec. 2.2: cosine distance)."""
-        return masked_mse(F.normalize(prediction, dim=-1), goal, mask)
+        return masked_mse(F.normalize(prediction, dim=-1), target, mask)
 
 
 class TokenTarget(nn.Module):
@@ -148,8 +148,8 @@ class TokenTarget(nn.Module):
         return self.teacher(view.flatten(0, 1).float() / 255).argmax(1).reshape(len(view), -1)
 
     @staticmethod
-    def loss(prediction, goal, mask):
-        return masked_mean(F.cross_entropy(prediction.transpose(1, 2), goal, reduction="none"), mask)
+    def loss(prediction, target, mask):
+        return masked_mean(F.cross_entropy(prediction.transpose(1, 2), target, reduction="none"), mask)
 
 
 # ------------------------------------------------------------------------------------------------------- pseudo-labels
@@ -201,9 +201,9 @@ class LabelTarget(nn.Module):
             return logits.flatten(2).transpose(1, 2).softmax(-1)
 
     @staticmethod
-    def loss(prediction, goal, mask):
+    def loss(prediction, target, mask):
         """Soft cross-entropy."""
-        return masked_mean(-(goal * prediction.log_softmax(-1)).sum(-1), mask)
+        return masked_mean(-(target * prediction.log_softmax(-1)).sum(-1), mask)
 
 
 TARGETS = {

@@ -134,6 +134,75 @@ def sincos_positions(grid, dim):
     return torch.cat([torch.zeros(1, dim), table.float()])[None]
 
 
+# -------------------------------------------------------------------------------------------- MViT of the first version
+
+class PooledAttention(nn.Module):
+    """Attention of MViT v1: no relative positions, no residual pooling, queries pooled only at transitions.
+
+    Takes over the layers of an attention of MViTv2: `pool_q` and `norm_q` where the file has weights for them.
+    """
+    pool = mvit.MultiScaleAttention.pool
+
+    def __init__(self, v2, pool_q):
+        super().__init__()
+        self.num_heads, self.head_dim, self.qkv, self.proj = v2.num_heads, v2.head_dim, v2.qkv, v2.proj
+        for x in "qkv" if pool_q else "kv":
+            self.add_module(f"pool_{x}", getattr(v2, f"pool_{x}"))
+            self.add_module(f"norm_{x}", getattr(v2, f"norm_{x}"))
+
+    def forward(self, x, thw):
+        """(B, 1 + t*h*w, dim) -> (B, 1 + t'*h'*w', dim) and the grid of the queries."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        k, _ = self.pool(k, self.pool_k, self.norm_k, thw)                    # (B, 1 + Nk, heads, C)
+        v, _ = self.pool(v, self.pool_v, self.norm_v, thw)
+        if hasattr(self, "pool_q"):
+            q, thw = self.pool(q, self.pool_q, self.norm_q, thw)              # (B, 1 + Nq, heads, C)
+        else:
+            q = q.unflatten(2, (self.num_heads, self.head_dim))
+        x = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)))
+        return self.proj(x.transpose(1, 2).flatten(2)), thw
+
+
+class MViTB(nn.Module):
+    """MViT-B 16x4 of Kinetics-400 without head, 36 M parameters (Sec. 3, Table 1: the supervised
+    teacher for video).
+
+    Widths, blocks and skips are MViTv2-S's. output_stride: 32, or 16 with the last pooling of queries left out.
+    """
+
+    def __init__(self, output_stride=32):
+        super().__init__()
+        trunk = mvit.mvitv2_s(num_classes=0, output_stride=output_stride)
+        self.cls_token, self.patch_embed, self.blocks = trunk.cls_token, trunk.patch_embed, trunk.blocks
+        for i, block in enumerate(self.blocks):
+            block.attn = PooledAttention(block.attn, pool_q=i in (1, 3, 14))
+        self.pos_embed_spatial = nn.Parameter(torch.zeros(1, 56 * 56, 96))
+        self.pos_embed_temporal = nn.Parameter(torch.zeros(1, 8, 96))
+        self.pos_embed_class = nn.Parameter(torch.zeros(1, 1, 96))
+        self.norm = nn.LayerNorm(768, eps=1e-6)
+
+    def positions(self, thw):
+        """(1, 1 + t*h*w, 96); another grid than 8x56x56 by interpolation, bicubic and linear (release)."""
+        t, h, w = thw
+        space, time = self.pos_embed_spatial.transpose(1, 2), self.pos_embed_temporal.transpose(1, 2)
+        if (h, w) != (56, 56):
+            space = F.interpolate(space.unflatten(2, (56, 56)), size=(h, w), mode="bicubic").flatten(2)
+        if t != 8:
+            time = F.interpolate(time, size=t, mode="linear")
+        table = (time[..., None] + space[:, :, None]).flatten(2).transpose(1, 2)          # (1, t*h*w, 96)
+        return torch.cat([self.pos_embed_class, table], dim=1)
+
+    def forward(self, x):
+        """(B, 3, T, H, W) -> (B, 768, T/2, H/32, W/32), after the final norm, without the class token."""
+        x = self.patch_embed(x)                                               # (B, 96, t, h, w)
+        thw = tuple(x.shape[2:])
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x.flatten(2).transpose(1, 2)], dim=1)
+        x = x + self.positions(thw)
+        for block in self.blocks:
+            x, thw = block(x, thw)
+        return self.norm(x)[:, 1:].transpose(1, 2).unflatten(2, thw)
+
+
 # -------------------------------------------------------------------------------------------------------------- files
 
 CONTAINERS = ("model_state", "model", "teacher", "state_dict", None)          # where a file keeps its state dict
@@ -227,7 +296,7 @@ def load_mvit_b(path, align="bilinear"):
     """MViT-B 16x4 of SlowFast's model zoo."""
     state, about = read_state(path, "pos_embed_spatial")
     stride = 16 if align == "dilated" else 32
-    return describe(fill(lambda: mvit.MViTB(stride), state, path, ("head.",)), 768, stride, KINETICS, about)
+    return describe(fill(lambda: MViTB(stride), state, path, ("head.",)), 768, stride, KINETICS, about)
 
 
 def load_dvae(path):

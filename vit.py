@@ -9,11 +9,6 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 
-def take(x, kept):
-    """Of each sample of x (B, N, D), the tokens numbered in kept (B, K); all if None."""
-    return x if kept is None else x.take_along_dim(kept[..., None], dim=1)
-
-
 class DropPath(nn.Module):
     """Drop a residual branch per sample with probability `p`, scaling the kept ones by 1/(1-p)."""
 
@@ -35,12 +30,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, kept=None):
-        """(B, N, D) -> the same, or only the tokens `kept` of it."""
-        B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)    # each (B, heads, N, C)
-        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D)
-        return self.proj(take(x, kept))
+    def forward(self, x):
+        """(B, N, D) -> (B, N, D)."""
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))               # (B, N, 3, heads, C)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # (B, heads, N, C) each
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -62,9 +57,9 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x, kept=None):
-        """(B, N, D) -> the same, or only the tokens `kept` of it."""
-        x = take(x, kept) + self.drop_path(self.attn(self.norm1(x), kept))
+    def forward(self, x):
+        """(B, N, D) -> (B, N, D)."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -145,18 +140,15 @@ class ViT(nn.Module):
         x = self.patch_embed(x)
         return x.flatten(2).transpose(1, 2), tuple(x.shape[2:])
 
-    def encode(self, tokens, grid, kept=None):
-        """Patch tokens (B, N, D) -> (B, 1 + N, D), the class token first, and the same grid.
-
-        kept: (B, K) numbers of the patch tokens that are wanted, to get (B, 1 + K, D): once the last block's attention
-        is done, where tokens meet for the last time, the others are dropped.
-        """
-        x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
-        x = x + self.positions(grid)                                          # masked tokens get theirs, too
+    def encode(self, tokens, grid):
+        """Patch tokens (B, N, D) -> (B, 1 + N, D), the class token first, and the same grid."""
+        x = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
+        x = x + self.positions(grid)                                # also at masked tokens (Sec. 2.1)
         for block in self.blocks:
-            last = F.pad(kept + 1, (1, 0)) if kept is not None and block is self.blocks[-1] else None
-            recompute = self.checkpointing and self.training
-            x = checkpoint(block, x, last, use_reentrant=False) if recompute else block(x, last)
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return x, grid
 
     def features(self, x):

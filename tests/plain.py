@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from mvit import relative_table
-from vit import take
 
 
 def plain_attention(q, k, v, q_thw, k_thw, rel_pos_t, rel_pos_h, rel_pos_w):
@@ -25,22 +24,21 @@ def plain_attention(q, k, v, q_thw, k_thw, rel_pos_t, rel_pos_h, rel_pos_w):
     return (logits.softmax(-1) @ v).transpose(1, 2)
 
 
-def plain_pool(self, x, conv, norm, thw, stride=None):
+def plain_pool(self, x, conv, norm, thw):
     """`MultiScaleAttention.pool` with heads as samples of a batch and channels before space."""
     B, N, D = x.shape
-    x = x.view(B, N, self.num_heads, -1).transpose(1, 2)                      # (B, heads, 1 + N, C)
+    x = x.reshape(B, N, self.num_heads, -1).transpose(1, 2)                    # (B, heads, 1 + N, C)
     patches = x[:, :, 1:].unflatten(2, thw).flatten(0, 1).permute(0, 4, 1, 2, 3).contiguous()
-    stride = (1, stride, stride) if stride else conv.stride
-    patches = F.conv3d(patches, conv.weight, None, stride, 1, 1, len(conv.weight))       # (B * heads, C, t', h', w')
+    patches = F.conv3d(patches, conv.weight, None, conv.stride, 1, 1, len(conv.weight))       # (B * heads, C, t', h', w')
     tokens = patches.flatten(2).transpose(1, 2).unflatten(0, (B, self.num_heads))
     return norm(torch.cat([x[:, :, :1], tokens], dim=2)).transpose(1, 2), tuple(patches.shape[2:])
 
 
-def plain_vit_attention(self, x, kept=None):
+def plain_vit_attention(self, x):
     """`vit.Attention.forward` with the (N x N) weights of every head materialised."""
     q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)    # each (B, heads, N, C)
     weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)     # (B, heads, N, N)
-    return self.proj(take((weights @ v).transpose(1, 2).flatten(2), kept))
+    return self.proj((weights @ v).transpose(1, 2).flatten(2))
 
 
 def plain_hog(images, bins=9, cell=8):

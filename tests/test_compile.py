@@ -23,16 +23,14 @@ def fresh():
 
 
 def maskfeat(name, drop_path=0.0, checkpointing=False):
-    net = build_maskfeat(dict(
+    return build_maskfeat(dict(
         model=name, target="hog", image_size=(32, 32), num_frames=4, output_stride=8, patch_size=8, expand="mlp",
         drop_path=drop_path, checkpointing=checkpointing, bins=9, cell=8, norm="l2", color="rgb", gradient="sobel"))
-    net.most_masked = math.prod(SHAPES[name][1]) // 2
-    return net
 
 
 def pretraining_loss(net, shapes, batch):
     shape, grid = shapes
-    number = torch.randint(1, net.most_masked + 1, (batch, 1))                # of masked tokens
+    number = torch.randint(1, math.prod(grid) // 2, (batch, 1))               # of masked tokens
     mask = torch.rand(batch, math.prod(grid)).argsort(1).argsort(1) < number
     return net(torch.randn(batch, *shape), mask.view(batch, *grid))[0]
 

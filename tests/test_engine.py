@@ -1,7 +1,6 @@
-"""engine.py: schedule, groups, checkpoints, signals, the command line, and the machine around it."""
+"""engine.py: schedule, groups, checkpoints, signals, command line, and the machine around it."""
 import ast
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -62,46 +61,30 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     assert read_checkpoint(path)["step"] == 1 and os.listdir(tmp_path) == ["last.pt"]
 
 
-def test_logger_drops_what_will_be_logged_again(tmp_path):
-    path = str(tmp_path / "log.jsonl")
-    log = engine.Logger(path)
-    for step in (10, 20, 30):
-        log(step=step, loss=1.0 / step)
-    with open(path, "a") as f:
-        f.write('{"step": 40, "lo')                           # killed while writing
-    engine.Logger(path, step=20)(step=30, loss=0.5)
-    with open(path) as f:
-        lines = [json.loads(line) for line in f]
-    assert [(d["step"], d["loss"]) for d in lines] == [(10, 0.1), (20, 0.05), (30, 0.5)]
-    engine.Logger(path, rank=1)(step=99)
-    with open(path) as f:
-        assert len(f.readlines()) == 3
+def test_log_of_a_killed_run_is_cut(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in (10, 20, 30)) + '{"step": 40, "lo')
+    engine.drop_later_lines(str(path), 20)
+    assert path.read_text() == '{"step": 10}\n{"step": 20}\n'
+    engine.drop_later_lines(str(tmp_path / "none"), 0)
+    assert os.listdir(tmp_path) == ["log.jsonl"]
 
 
 # ------------------------------------------------------------------------------------- the machine
 
-def write(root, **files):
-    for name, text in files.items():
-        path = root / name.replace("__", "/").replace("_dot_", ".")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-
 def test_cores_follow_affinity_and_quota(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
-    assert usable_cores(tmp_path / "none") == 64
-    v2, v1 = tmp_path / "v2", tmp_path / "v1"
-    write(v2, proc__self__cgroup="0::/pod/box\n", sys__fs__cgroup__pod__cpu_dot_max="350000 100000",
-          sys__fs__cgroup__pod__box__cpu_dot_max="max 100000")
-    assert usable_cores(v2) == 4                              # of the group above, rounded up
-    write(v2, sys__fs__cgroup__pod__box__cpu_dot_max="50000 100000")
-    assert usable_cores(v2) == 1
-    write(v1, proc__self__cgroup="5:memory:/x\n4:cpu,cpuacct:/box\n",
-          **{"sys__fs__cgroup__cpu__box__cpu.cfs_quota_us": "200000\n",
-             "sys__fs__cgroup__cpu__box__cpu.cfs_period_us": "100000\n"})
-    assert usable_cores(v1) == 2
-    write(v1, **{"sys__fs__cgroup__cpu__box__cpu.cfs_quota_us": "-1\n"})
-    assert usable_cores(v1) == 64
+    assert usable_cores(tmp_path) == 64
+    (tmp_path / "cpu.max").write_text("max 100000\n")        # version 2
+    assert usable_cores(tmp_path) == 64
+    (tmp_path / "cpu.max").write_text("350000 100000\n")
+    assert usable_cores(tmp_path) == 4                        # rounded up
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()                                # version 1
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    for quota, cores in (("200000\n", 2), ("-1\n", 64)):
+        (tmp_path / "cpu/cpu.cfs_quota_us").write_text(quota)
+        assert usable_cores(tmp_path) == cores
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert engine.loader_workers(-1, torch.device("cuda")) <= 8
     assert engine.loader_workers(-1, torch.device("cpu")) == 1

@@ -67,69 +67,6 @@ def test_loss_counts_masked_tokens_only(make):
         assert torch.equal(model.target.loss(prediction, goal + moved, flat), loss) == same
 
 
-class Classes(torch.nn.Module):
-    """A target with goals (B, N) instead of (B, N, dim), which come with the sample."""
-    needs, dim = "classes", 108
-
-    def forward(self, classes):
-        return classes
-
-    def loss(self, prediction, goal, mask):
-        return F.cross_entropy(prediction[mask], goal[mask])
-
-
-@pytest.mark.parametrize("make", [video_model, image_model])
-@pytest.mark.parametrize("target", [None, Classes()])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_tokens_dropped_after_the_last_attention_change_nothing(make, target, checkpointing):
-    """Loss and gradients are those of all tokens; the prediction is that of the masked ones and of a few others."""
-    model, x, mask = make()
-    model.target = target or model.target
-    model.encoder.checkpointing = checkpointing
-    for block in model.encoder.blocks:
-        block.drop_path.p = 0.3
-    classes = torch.randint(108, (2, mask[0].numel()))
-    counts = mask.flatten(1).sum(1)
-    assert counts.min() < counts.max() < mask[0].numel() - 1
-    widths, results = [], []
-    model.encoder.blocks[-1].mlp.register_forward_hook(lambda module, args, out: widths.append(out.shape[1]))
-    for most in (None, int(counts.max()) + 1):
-        model.most_masked = most
-        model.zero_grad()
-        torch.manual_seed(3)                                                  # of drop path
-        loss, prediction = model.train()(x, mask, classes)
-        loss.backward()
-        results.append((loss.detach(), prediction.detach(), [p.grad for p in model.parameters()]))
-        assert set(widths) == {1 + (most or mask[0].numel())}
-        widths.clear()
-    (loss, prediction, gradients), (ours, some, our_gradients) = results
-    torch.testing.assert_close(ours, loss, rtol=1e-6, atol=0)
-    for gradient, wanted in zip(our_gradients, gradients, strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
-    for i, masked in enumerate(mask.flatten(1)):
-        torch.testing.assert_close(some[i, :counts[i]], prediction[i, masked], rtol=1e-4, atol=1e-5)
-    assert model.eval()(x, mask, classes)[1].shape == prediction.shape        # evaluation predicts every token
-
-
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("cells", [3, 2])
-def test_odd_number_of_frames(train, cells):
-    """5 frames are 3 tokens in time, as the stem pads; a mask on that grid or coarser marks the tokens that are hidden."""
-    model, _, _ = video_model()
-    x, mask = torch.randn(2, 3, 5, 64, 64), random_mask(2, cells, 4, 4)
-    flat = resize_mask(mask, (3, 4, 4))
-    prediction = model.eval()(x, mask)[1]
-    model.train(train).most_masked = int(flat.sum(1).max())
-    torch.testing.assert_close(model(x, mask)[0], (prediction - model.compute_target(x))[flat].square().mean())
-
-
-def test_more_masked_tokens_than_said():
-    model, x, mask = image_model()
-    model.most_masked = most = int(mask.flatten(1).sum(1).max()) - 1
-    with pytest.raises(ValueError, match=f"{most + 1} tokens of a sample are masked.*most_masked={most}"):
-        model(x, mask)
-
-
 def test_target_sees_the_middle_frame_of_each_cube():
     model, x, _ = video_model()
     goal = model.compute_target(x)                                                      # (2, 2*4*4, 108)

@@ -57,46 +57,6 @@ def test_pooling_equals_plain_form(stride):
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("stride, grid", [(4, (8, 8)), (4, (5, 6)), (4, (4, 7)), (4, (9, 3)), (8, (16, 8)), (8, (10, 15)),
-                                          (8, (7, 1)), (2, (6, 6)), (3, (7, 8))])
-def test_keys_that_no_window_sees_are_not_projected(stride, grid):
-    torch.manual_seed(0)
-    layer = mvit.MultiScaleAttention(24, 24, 3, (3, 7, 11), 1, stride).double()
-    x = torch.randn(2, 1 + 2 * grid[0] * grid[1], 24, dtype=torch.float64)
-    rows, columns = ({i for j in range(0, n, stride) for i in (j - 1, j, j + 1) if 0 <= i < n} for n in grid)
-    seen, thw, _ = mvit.seen_by_windows(x, (2, *grid), stride)
-    if stride > 3:                                                            # a next window's first row does no harm
-        assert len(rows) <= thw[1] <= len(rows) + 1 and len(columns) <= thw[2] <= len(columns) + 1
-    assert seen.shape[1] == 1 + math.prod(thw) and (stride > 3 or seen is x)
-    q, k, v, _, k_thw = layer.pooled_qkv(x, (2, *grid))
-    assert k_thw == (2, -(-grid[0] // stride), -(-grid[1] // stride))
-    for ours, projected, conv, norm in ((k, layer.qkv(x)[..., 24:48], layer.pool_k, layer.norm_k),
-                                        (v, layer.qkv(x)[..., 48:], layer.pool_v, layer.norm_v)):
-        torch.testing.assert_close(ours, plain_pool(layer, projected, conv, norm, (2, *grid))[0])
-
-
-@pytest.mark.parametrize("drop", [False, True])
-def test_samples_in_pieces_are_the_same(monkeypatch, drop):
-    """Fewer samples at a time through a block: the same values and gradients, and a hook sees the whole batch."""
-    torch.manual_seed(0)
-    model, x, results = tiny(num_classes=0).double(), torch.randn(5, 3, 4, 64, 64, dtype=torch.float64), []
-    kept = torch.rand(5, 8).argsort(1)[:, :3] if drop else None
-    shapes, pieces = [], []
-    model.blocks[2].register_forward_hook(lambda module, args, out: shapes.append(out[0].shape[0]))
-    model.blocks[2].attn.register_forward_hook(lambda module, args, out: pieces.append(out[0].shape[0]))
-    for limit in (10 ** 9, 2 * 64 * (1 + 2 * 8 * 8), 1):                      # two samples of block 2, one
-        monkeypatch.setattr(mvit, "PIECE", limit)
-        model.zero_grad()
-        y, grid = model.encode(*model.embed(x), kept)
-        y.sin().sum().backward()
-        results.append([y.detach(), *(p.grad for p in model.parameters())])
-    assert grid == (2, 2, 2) and y.shape[1] == (4 if drop else 9)
-    assert shapes == [5, 5, 5] and pieces == [5, 2, 2, 1, 1, 1, 1, 1, 1]
-    for whole, some, single in zip(*results, strict=True):
-        torch.testing.assert_close(some, whole)
-        torch.testing.assert_close(single, whole)
-
-
 def test_attention_builds_no_logits():
     """No tensor as large as queries x keys, forwards or backwards."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -264,26 +224,3 @@ def test_position_gradients_repeat(two_threads):
     table, wanted = torch.randn(111, 96, requires_grad=True), torch.randn(56, 28, 96)
     gradients = [torch.autograd.grad((mvit.relative_table(table, 56, 28) * wanted).sum(), table)[0] for _ in range(50)]
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
-
-
-def test_recomputing_changes_nothing(monkeypatch):
-    """A block large enough to recompute gives the very gradients of one that keeps everything, and keeps half as much."""
-    def run():
-        torch.manual_seed(0)
-        blocks = mvit.mvitv2_s(num_classes=0, num_frames=4, image_size=64).blocks[:2]
-        x, thw, kept = torch.randn(3, 1 + 2 * 56 * 56, 96, requires_grad=True), (2, 56, 56), {}
-
-        def keep(tensor):
-            kept[tensor.untyped_storage().data_ptr()] = tensor                # held, so that no address is used twice
-            return tensor
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = x
-            for block in blocks:
-                y, thw = block(y, thw)
-        y.square().mean().backward()
-        return [x.grad, *(p.grad for p in blocks.parameters())], sum(t.untyped_storage().nbytes() for t in kept.values())
-    gradients, kept = run()
-    monkeypatch.setattr(mvit, "recomputed", lambda function, *inputs: function(*inputs))
-    wanted, all_kept = run()
-    assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
-    assert kept < 0.5 * all_kept

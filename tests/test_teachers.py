@@ -126,7 +126,7 @@ def test_resnet50(golden, tmp_path):
 def test_mvit_b(tmp_path):
     """Names, shapes and geometry of the release, and its published FLOPs; no golden output exists."""
     with torch.device("meta"):
-        model = mvit.MViTB()
+        model = teachers.MViTB()
     head = {"head.projection.weight": [400, 768], "head.projection.bias": [400]}
     assert {key: list(x.shape) for key, x in model.state_dict().items()} | head == keys("mvit_b")
     assert sum(p.numel() for p in model.parameters()) == 36_610_672 - 400 * 769
@@ -140,13 +140,13 @@ def test_mvit_b(tmp_path):
     assert [list(grid) for grid in grids] == [block["thw"] for block in blocks["blocks"]]
     assert (counter.macs + 5 * counter.normed) / 1e9 == pytest.approx(70.8, abs=0.05)
     with torch.device("meta"):
-        assert mvit.MViTB(16)(torch.empty(1, 3, 16, 224, 224)).shape == (1, 768, 8, 14, 14)
+        assert teachers.MViTB(16)(torch.empty(1, 3, 16, 224, 224)).shape == (1, 768, 8, 14, 14)
 
 
 def test_mvit_b_by_the_loop():
     """Pooled attention against its definition: heads one by one, no fused kernel; and the positions' order."""
     torch.manual_seed(0)
-    model = mvit.MViTB().eval()
+    model = teachers.MViTB().eval()
     attn, thw, x = model.blocks[1].attn, (2, 4, 4), torch.randn(1, 33, 192)
     with torch.no_grad():
         got, grid = attn(x, thw)

@@ -2,10 +2,10 @@ import numpy as np
 import torch
 
 from models import build_maskfeat
-from visualize import panels, sheet
+from visualize import panels, sheet, token_colors
 
-RECIPE = dict(model="vit_tiny", target="hog", image_size=(64, 64), num_frames=4, output_stride=16, patch_size=8, expand="mlp",
-              drop_path=0.0, checkpointing=False, bins=9, cell=8, norm="l2", color="rgb", gradient="sobel",
+RECIPE = dict(model="vit_tiny", target="hog", image_size=(64, 64), patch_size=8, drop_path=0.0,
+              checkpointing=False, bins=9, cell=8, norm="l2", color="rgb", gradient="sobel",
               pixel_norm="dataset", mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
 
 
@@ -14,7 +14,7 @@ def show(**changes):
     torch.manual_seed(0)
     recipe = {**RECIPE, **changes}
     model = build_maskfeat(recipe).eval()
-    image = torch.randint(0, 256, (3, 64, 64)).repeat_interleave(1, 0)
+    image = torch.randint(0, 256, (3, 64, 64))
     mean, std = (torch.tensor(recipe[key]).view(3, 1, 1) for key in ("mean", "std"))
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[:, :4] = True
@@ -24,25 +24,36 @@ def show(**changes):
 
 def test_rows_show_what_they_say():
     image, columns = show(target="pixel")
-    masked, guess, target, original = columns[0]
+    masked, prediction, target, original = columns[0]
     zoom = len(original) // 64
-    assert zoom >= 2 and np.array_equal(original[::zoom, ::zoom], image)      # de-normalised exactly
-    assert (masked[:, :32 * zoom] == 110).all() and np.array_equal(masked[:, 32 * zoom:], original[:, 32 * zoom:])
-    assert np.array_equal(target, original)                                   # the pixel target is the image
-    assert not np.array_equal(guess[:, :32 * zoom], target[:, :32 * zoom])
-    assert (guess[:, 32 * zoom:] <= target[:, 32 * zoom:]).all()              # visible: dimmed target
+    middle = 32 * zoom  # masked left of it
+    assert zoom >= 2 and np.array_equal(original[::zoom, ::zoom], image)  # as before normalization
+    assert (masked[:, :middle] == 110).all()
+    assert np.array_equal(masked[:, middle:], original[:, middle:])
+    assert np.array_equal(target, original)  # the pixel target is the image
+    assert not np.array_equal(prediction[:, :middle], target[:, :middle])
+    assert (prediction[:, middle:] <= target[:, middle:]).all()  # visible: dimmed target
 
 
-def test_patch_normalised_pixels_are_given_back():
+def test_patch_normalized_pixels_are_given_back():
     _, columns = show(target="pixel", pixel_norm="patch")
-    masked, _, target, original = columns[0]
+    _, _, target, original = columns[0]
     assert np.abs(target.astype(int) - original).max() <= 1
 
 
 def test_glyphs_and_sheet():
     _, columns = show()
-    masked, guess, target, original = columns[0]
-    assert guess.shape == target.shape == original.shape and target.std() > 10
-    picture = sheet(columns * 9, ["a"] * 9)                                   # a second block of rows below the first
-    height = len(original)
-    assert picture.height > 8 * height and picture.width > 8 * original.shape[1]
+    _, prediction, target, original = columns[0]
+    assert prediction.shape == target.shape == original.shape and target.std() > 10
+    picture = sheet(columns * 9, ["a"] * 9)  # the ninth stands in a second block
+    assert picture.height > 8 * len(original) and picture.width > 8 * original.shape[1]
+
+
+def test_token_colors():
+    """Right tokens are green, wrong ones red; the color of a target is that of its token."""
+    target = torch.tensor([[[2.0], [0.0]]])  # (t, N, 1)
+    prediction, tokens = token_colors("dvae", 9 * torch.eye(3)[None, [2, 1]], target)
+    assert prediction[0, 0].argmax() == 1 and prediction[0, 1].argmax() == 0
+    assert (tokens[0, 0] != tokens[0, 1]).any()
+    same, _ = token_colors("dino", torch.eye(4)[None], torch.eye(4)[None])
+    assert (same == 255).all()  # cosine similarity 1

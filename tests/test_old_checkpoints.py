@@ -1,0 +1,72 @@
+"""Checkpoints that an earlier version wrote load, and their runs go on from them.
+
+Both runs were stopped by SIGTERM after step 4 of 9, on the clips of conftest.py, with `tiny` below.
+"""
+import shutil
+import subprocess
+import sys
+
+import pytest
+import runs
+import torch
+from conftest import GOLDEN, ROOT
+
+import models
+import mvit
+from convert import load_weights
+from engine import read_checkpoint
+
+FLAGS = ["--image-size", 32, "--frames", 4, "--sampling-rate", 2, "--batch-size", 4, "--epochs",
+         3, "--warmup-epochs", 1, "--log-every", 1, "--workers", 0, "--drop-path", 0.2]
+# script: (its further flags, the losses of steps 5 to 9 by the version that wrote the file)
+RUNS = {
+    "pretrain": (["--output-stride", 8], [0.10979, 0.10394, 0.09896, 0.09812, 0.10092]),
+    "finetune": (["--init", "out/pretrain/last.pt", "--no-baseline", "--dropout", 0.1,
+                  "--erase", 0.5, "--rand-augment", "rand-m7-mstd0.5-inc1", "--repeats", 2,
+                  "--layer-decay", 0.75, "--mixup", 0.8, "--cutmix", 1, "--smoothing", 0.1,
+                  "--val-epochs", 2, "--clips", 2],
+                 [0.69289, 0.69407, 0.69775, 0.68699, 0.69390])}
+
+
+def tiny(**kw):
+    return mvit.MViT(8, 1, (1, 1), **{"output_stride": 8, "kv_stride": 4, **kw})
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_loads(script, monkeypatch):
+    """Every tensor finds its place in the model of its recipe; from pre-training the trunk does."""
+    monkeypatch.setitem(models.MODELS, "mvit_tiny", tiny)
+    path = str(GOLDEN / f"old_{script}.pt")
+    checkpoint = read_checkpoint(path)
+    recipe, state = checkpoint["recipe"], checkpoint["model"]
+    model = (models.build_maskfeat if script == "pretrain" else models.build_classifier)(recipe)
+    model.load_state_dict(state)
+    report = load_weights(model, path, verbose=False)
+    assert len(report["loaded"]) == len(state) == len(model.state_dict())
+    classifier = models.build_classifier({**recipe, "num_classes": 5, "pool": "mean"})
+    report = load_weights(classifier, path, verbose=False)
+    trunk = [name for name in classifier.state_dict() if not name.startswith(("head.", "norm."))]
+    assert set(trunk) <= set(report["loaded"]) and "head.projection.weight" in report["fresh"]
+    prefix = "encoder." if script == "pretrain" else ""
+    assert all(torch.equal(classifier.state_dict()[name], state[prefix + name]) for name in trunk)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", RUNS)
+def test_resumes(script, clips, tmp_path):
+    """The run goes on to its end, with the losses that the earlier version had."""
+    more, losses = RUNS[script]
+    shutil.copy(GOLDEN / f"old_{script}.pt", tmp_path / "last.pt")
+    code = ("import engine, mvit, models, test_old_checkpoints as test\n"
+            "mvit.MODELS['mvit_tiny'] = models.MODELS['mvit_tiny'] = test.tiny\n"
+            f"import {script}; engine.run_main({script}.main)")
+    flags = ["--data", clips, "--out", tmp_path, "--resume", *FLAGS, *more]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, flags)], capture_output=True,
+                          text=True, cwd=ROOT / "tests", timeout=300,
+                          env={**runs.ENV, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert read_checkpoint(str(tmp_path / "last.pt"))["step"] == 9
+    log = [line for line in runs.log_of(tmp_path) if "loss" in line]
+    assert [line["step"] for line in log] == [5, 6, 7, 8, 9]
+    # The HOG of today rounds otherwise: a gradient along an axis falls in either neighboring bin.
+    assert [line["loss"] for line in log] == pytest.approx(losses, rel=1e-2)
