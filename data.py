@@ -620,7 +620,8 @@ def check_file(path):
             text = f"{stream.codec_context.name}, {stream.width}x{stream.height}"
             promised = float((stream.duration or 0) * stream.time_base)
             for count, last in enumerate(container.decode(stream), 1):
-                times.append((count - 1) / video.frame_rate(stream) if last.pts is None else last.time)
+                times.append(last.time if last.pts is not None
+                             else (count - 1) / video.frame_rate(stream))
             if not count:
                 return False, "no frame decodes"
             seconds = times[-1] - times[0] + float((last.duration or 0) * stream.time_base)

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ import layouts
 import video
 from conftest import ROOT
 from test_video import av, cut_off, expected_numbers, read_numbers, videos, write_video  # noqa: F401
-from tools import synthetic
 
 
 def touch(root, *names):
@@ -470,7 +468,7 @@ raise SystemExit(5)
     assert time.time() - start < 40
 
 
-# ---------------------------------------------------------------- python data.py --check, synthetic.py
+# ---------------------------------------------------------------- python data.py --check
 
 
 @pytest.mark.slow
@@ -488,47 +486,3 @@ def test_check_names_the_unusable_files(tmp_path):
     assert result.returncode == 1 and "1 usable, 1 unusable, 0 missing, 1 ignored" in result.stdout
     assert [line.split()[1] for line in result.stdout.splitlines() if line.startswith("UNUSABLE")] == [
         f"{tmp_path / 'bad.mp4'}:"]
-
-
-@pytest.mark.slow
-def test_synthetic_clips_are_deterministic_and_differ(tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic, "CLIPS", {"train": 1, "val": 1})
-    synthetic.make_part(tmp_path / "one", 0, 1, 8)
-    synthetic.make_part(tmp_path / "two", 0, 1, 4)  # other parts, same clips
-    samples = layouts.find_samples(tmp_path / "one")
-    assert len(layouts.find_samples(tmp_path / "two")) > len(samples) > 0
-    for path in samples.paths + layouts.find_samples(tmp_path / "one", "val").paths:
-        assert Path(path).read_bytes() == (tmp_path / "two" / os.path.relpath(path, tmp_path / "one")).read_bytes()
-    clip = video.read_clip(samples.paths[0], short_side=None)
-    assert clip.shape == (16, 3, 96, 128) and clip.float().std() > 10
-    assert (clip[0].float() - clip[8].float()).abs().mean() > 1  # it moves
-
-
-def test_synthetic_folder_is_made_once_and_whole(tmp_path, monkeypatch):
-    started = []
-
-    class Child:
-        """Stands for a child process; writes at once or fails."""
-        def __init__(self, command):
-            started.append(command)
-            Path(command[2], "train").mkdir(exist_ok=True)
-            self.fails = tmp_path.joinpath("fail").exists()
-
-        def wait(self):
-            return int(self.fails)
-
-        def kill(self):
-            pass
-
-    monkeypatch.setattr(synthetic.subprocess, "Popen", Child)
-    (tmp_path / "fail").touch()
-    with pytest.raises(OSError, match="failed"):
-        synthetic.make_dataset(tmp_path / "set")
-    assert os.listdir(tmp_path) == ["fail"]
-    os.remove(tmp_path / "fail")
-    assert (synthetic.make_dataset(tmp_path / "set") / "train").is_dir()
-    count = len(started)
-    synthetic.make_dataset(tmp_path / "set")
-    assert len(started) == count and os.listdir(tmp_path) == ["set"]
-    with pytest.raises(ValueError, match="something else"):
-        synthetic.make_dataset(tmp_path / "set", seed=1)
