@@ -47,6 +47,14 @@ def clips(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory):
+    """{name: path} of the numbered videos of test_video.py."""
+    from test_video import VIDEOS, write_video
+    folder = tmp_path_factory.mktemp("videos")
+    return {name: write_video(folder / name, **spec) for name, spec in VIDEOS.items()}
+
+
 @pytest.fixture
 def two_threads():
     """At least two, as sums whose order is left to chance need."""

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from PIL import Image
+from test_video import cut_off, expected_numbers, read_numbers, write_video
 
 import data
 import layouts
 import video
-from conftest import ROOT
-from test_video import av, cut_off, expected_numbers, read_numbers, videos, write_video  # noqa: F401
 
 
 def touch(root, *names):

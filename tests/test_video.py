@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
+from plain import plain_clip
 
 import video
-from conftest import ROOT
-from plain import plain_clip
 
 av = pytest.importorskip("av")
 
@@ -102,12 +102,6 @@ VIDEOS = {
     "refresh.mp4": dict(pts=range(120), options={"x264-params": "intra-refresh=1:keyint=30"}),
     "short.mp4": dict(pts=range(7)),
 }
-
-
-@pytest.fixture(scope="session")
-def videos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("videos")
-    return {name: write_video(folder / name, **spec) for name, spec in VIDEOS.items()}
 
 
 @pytest.fixture
