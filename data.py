@@ -396,8 +396,8 @@ class ViewDataset(torch.utils.data.Dataset):
                  crop_ratio=0.875, segments=False):
         check_kind(samples.kind, num_frames)
         check_views(clips, crops, crop_ratio)
-        self.samples = samples
-        self.views = crops * (clips if num_frames else 1)
+        self.samples, self.clips, self.crops = samples, clips if num_frames else 1, crops
+        self.views = self.clips * crops
         self.shape = (self.views, 3, *((num_frames,) if num_frames else ()), *image_size)
         self.item_bytes = math.prod(self.shape)
         self.arguments = (image_size, num_frames, sampling_rate, clips, crops, crop_ratio, segments)
