@@ -579,15 +579,15 @@ class Loader:
         return error
 
 
-def make_loader(dataset, batches, workers, pin_memory=False, generator=None, collate=collate):
+def make_loader(dataset, batches, workers, pin_memory=False, collate=collate):
     """Loader over `batches`, lists of keys of the data set. Iterate over EpochBatches once.
 
     workers: processes that read, 0 for none. They change no batch.
     Raises ValueError if there is too little shared memory for batches of dataset.item_bytes (if it
     has any) each, OSError if too few files may be open.
     """
-    options = {"pin_memory": pin_memory, "generator": generator,
-               "collate_fn": functools.partial(collate_in_worker, collate)}
+    options = {"pin_memory": pin_memory, "collate_fn": functools.partial(collate_in_worker, collate),
+               "generator": torch.Generator()}  # a pass draws a seed: not from the training's
     if workers:
         largest = getattr(batches, "device_batch", 0) or max(map(len, batches), default=0)
         check_shared_memory(largest * getattr(dataset, "item_bytes", 0), workers)
@@ -602,8 +602,7 @@ def make_loader(dataset, batches, workers, pin_memory=False, generator=None, col
 def make_view_loader(dataset, indices, batch_size, workers, pin_memory=False):
     """The files `indices` of a ViewDataset in order, batch_size at a time."""
     batches = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
-    # A pass over a DataLoader draws a seed. Its own generator leaves that of the training alone.
-    return make_loader(dataset, batches, workers, pin_memory, torch.Generator())
+    return make_loader(dataset, batches, workers, pin_memory)
 
 
 # ----------------------------------------------------------------------- python data.py --check DIR
