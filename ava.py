@@ -368,10 +368,9 @@ def collate(items):
 
 
 def make_loader(clips, batches, device, collate):
-    """A loader that draws from a generator of its own, so that the model's draws are repeatable."""
+    """The loader of `batches`, on the number of workers that the recipe asks for."""
     workers = engine.loader_workers(clips.recipe.workers, device)
-    return data.make_loader(clips, batches, workers, device.type == "cuda", torch.Generator(),
-                            collate)
+    return data.make_loader(clips, batches, workers, device.type == "cuda", collate)
 
 
 # ------------------------------------------------------------------------------------------ boxes
@@ -507,6 +506,7 @@ def train(name, recipe, overrides, rank, world, device, print0):
     """Train, with a test every few epochs and at the end."""
     frames, media = find_key_frames(recipe, "train", print0)
     val = find_key_frames(recipe, "val", print0)
+    read_truth(recipe.data)  # what a test needs fails now, not then
     recipe, device_batch, accumulate = engine.plan_batch(
         recipe, len(frames), world, "batch_size" in overrides, print0)
     steps_per_epoch = len(frames) // recipe.batch_size
@@ -520,12 +520,14 @@ def train(name, recipe, overrides, rank, world, device, print0):
     amp, autocast, scaler = engine.mixed_precision(recipe.amp, device)
     optimizer = engine.make_optimizer(detector.model, recipe)
     test = partial(run_test, detector, recipe, *val, print0)
-    untrained = checkpoint.get("untrained", {}) if checkpoint else {}
+    untrained = {view.replace("centre", "center"): mean for view, mean in
+                 (checkpoint or {}).get("untrained", {}).items()}  # older files: British
     if recipe.baseline and not checkpoint:
         untrained = {view: test(view)["mAP"] for view in ("center", "full")}
     engine.print_setup(name, recipe, detector, optimizer, world, device_batch, amp, print0)
-    print0(f"{len(frames)} key frames of {len(media)} movies to train, {len(val[0])} to test, "
-           f"{recipe.epochs * steps_per_epoch} steps, features of stride {1 / detector.scale:g}")
+    print0(f"{len(frames)} key frames of {len({frame.movie for frame in frames})} movies to train, "
+           f"{len(val[0])} to test; {recipe.epochs * steps_per_epoch} steps; features of stride "
+           f"{1 / detector.scale:g}")
     run = engine.Run(
         recipe, detector.model, optimizer, scaler, steps_per_epoch=steps_per_epoch, device=device,
         fingerprint=fingerprint_of(frames), num_files=len(frames), unit="clip",
@@ -538,8 +540,8 @@ def train(name, recipe, overrides, rank, world, device, print0):
     if engine.should_compile(recipe.compile, device, print0):
         trained.feature_map = torch.compile(trained.feature_map)  # the number of boxes varies
     ddp = engine.wrap_ddp(trained)
-
     trained.train()
+
     while run.step < run.total_steps:
         lr = run.start_step()
         parts = [run.next_batch(loader) for _ in range(accumulate)]
@@ -565,6 +567,7 @@ def train(name, recipe, overrides, rank, world, device, print0):
             trained.train()
             run.restart_clock()
     run.finish()
+
     stem = run.checkpoint_path.removesuffix(".pt")
     tested = {view: test(view, stem=stem) for view in ("center", "full")}
     if rank == 0:
@@ -614,6 +617,12 @@ def read_excluded(path):
         with open(path) as f:
             rows = [line.split(",") for line in f if line.strip()]
     return {f"{movie},{int(second):04d}" for movie, second in rows}
+
+
+def read_truth(folder):
+    """(the classes to evaluate, true boxes, keys that do not count) of a test."""
+    return (read_label_map(locate(folder, "actions")), read_boxes(locate(folder, "truth", "val")),
+            read_excluded(locate(folder, "excluded", "val", needed=False)))
 
 
 def match_boxes(truth, found, threshold):
@@ -704,10 +713,9 @@ def to_rows(frames, scores, classes):
 
 def evaluate(recipe, frames, scores, unreadable, view, every, stem):
     """The results of a test, a dict for json. With a stem, write STEM_<view>.csv and .json."""
-    names = read_label_map(locate(recipe.data, "actions"))
-    found, truth = to_rows(frames, scores, names), read_boxes(locate(recipe.data, "truth", "val"))
+    names, truth, excluded = read_truth(recipe.data)
     truth = truth[[int(key[-4:]) % every == 0 for key in truth["key"]]]
-    excluded = read_excluded(locate(recipe.data, "excluded", "val", needed=False))
+    found = to_rows(frames, scores, names)
     counted = truth["label"][[key not in excluded for key in truth["key"]]]
     precisions = average_precisions(truth, found, names, excluded, recipe.match)
     known = {label: value for label, value in precisions.items() if not math.isnan(value)}
@@ -761,11 +769,11 @@ def draw_detections(results, media, recipe, path, count=6, height=240):
     White: true boxes. Color: the classified boxes with their two best classes, green if a true box
     of an IoU of 0.5 or more has the class, else orange.
     """
-    names = read_label_map(locate(recipe.data, "actions"))
-    truth = read_boxes(locate(recipe.data, "truth", "val"))
+    names, truth, _ = read_truth(recipe.data)
     read = [(f, s) for f, s in zip(results["frames"], results["scores"]) if s is not None]
     read, pictures = read[::max(len(read) // count, 1)][:count], []
-    style = {"font": ImageFont.load_default(13), "stroke_width": 2, "stroke_fill": "black"}
+    font = ImageFont.load_default(13)
+    style = {"font": font, "stroke_width": 2, "stroke_fill": "black"}
     for frame, scores in read:
         x, _ = read_clip(media[frame.movie], frame, 1, 1, recipe.movie_start, height, recipe.data)
         picture = Image.fromarray(x[0].permute(1, 2, 0).numpy())
@@ -775,18 +783,20 @@ def draw_detections(results, media, recipe, path, count=6, height=240):
             pen.rectangle((box * size).tolist(), outline="white")
         for box, row in zip(frame.boxes, scores):
             right = set(true["label"][box_iou(true["box"], box[None])[:, 0] >= 0.5])
-            left, top, *_ = corners = (box * size).tolist()
+            corners = (box * size).tolist()
             for line, label in enumerate(sorted(names, key=lambda label: -row[label - 1])[:2]):
                 color = "lime" if label in right else "orange"
                 if line == 0:
                     pen.rectangle(corners, outline=color, width=2)
-                pen.text((left + 3, top + 2 + 14 * line),
-                         f"{names[label]} {100 * row[label - 1]:.0f}%", color, **style)
+                text = f"{names[label]} {100 * row[label - 1]:.0f}%"
+                left = min(corners[0] + 3, picture.width - font.getlength(text))
+                pen.text((left, corners[1] + 2 + 14 * line), text, color, **style)
         pen.text((4, height - 18), f"{frame.movie}, {frame.second} s", "white", **style)
         pictures.append(picture)
-    sheet = Image.new("RGB", (max(p.width for p in pictures), height * len(pictures)))
+    width = max(picture.width for picture in pictures)
+    sheet = Image.new("RGB", (min(3, len(pictures)) * width, -(-len(pictures) // 3) * height))
     for i, picture in enumerate(pictures):
-        sheet.paste(picture, (0, i * height))
+        sheet.paste(picture, (i % 3 * width, i // 3 * height))
     sheet.save(path)
 
 
@@ -834,9 +844,8 @@ def load_for_test(recipe, overrides, print0):
     report = load_weights(detector.model, recipe.eval, verbose=False)
     if report["fresh"]:
         raise ValueError(f"--eval {recipe.eval} lacks {', '.join(report['fresh'])}")
-    print0(f"{recipe.eval}: {recipe.model}, {recipe.num_frames} frames at stride "
-           f"{recipe.sampling_rate}, {'x'.join(map(str, recipe.image_size))} pixels, boxes of "
-           f"score {recipe.box_score} or more, {len(report['resized'])} tensors resized")
+    print0(f"{recipe.eval}: "
+           + ", ".join(f"{key}={getattr(recipe, key)}" for key in MODEL_FIELDS))
     return recipe, detector
 
 

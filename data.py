@@ -579,14 +579,14 @@ class Loader:
         return error
 
 
-def make_loader(dataset, batches, workers, pin_memory=False, generator=None, collate=collate):
+def make_loader(dataset, batches, workers, pin_memory=False, collate=collate):
     """Loader over `batches` (lists of keys of the data set); iterate over EpochBatches once for the whole run.
 
     workers: processes that read, 0 for none; the batches are the same.
     Raises ValueError if the batches do not fit into shared memory, judged by `dataset.item_bytes` if it has any.
     """
     options = {"collate_fn": functools.partial(_collate_shared, collate), "pin_memory": pin_memory,
-               "generator": generator}
+               "generator": torch.Generator()}  # a pass draws a seed: not from the training's generator
     if workers:
         batch_size = getattr(batches, "device_batch", 0) or max(map(len, batches), default=0)
         check_shared_memory(batch_size * getattr(dataset, "item_bytes", 0), workers)
@@ -598,8 +598,7 @@ def make_loader(dataset, batches, workers, pin_memory=False, generator=None, col
 def make_view_loader(dataset, indices, batch_size, workers, pin_memory=False):
     """The files `indices` of a ViewDataset in order, batch_size at a time; the last batch may be smaller."""
     batches = [indices[first:first + batch_size] for first in range(0, len(indices), batch_size)]
-    # Each pass over a DataLoader draws a seed. A generator of its own leaves that of the training alone.
-    return make_loader(dataset, batches, workers, pin_memory, torch.Generator())
+    return make_loader(dataset, batches, workers, pin_memory)
 
 
 # ---------------------------------------------------------------- python data.py --check DIR

@@ -386,7 +386,7 @@ def odd(movies, tmp_path_factory):
 def finished(odd, script, tmp_path_factory):
     """An uninterrupted run, and what it printed."""
     out = tmp_path_factory.mktemp("detector") / "run"
-    return out, script("--data", odd, "--out", out, *FLAGS, "--baseline")
+    return out, script("--data", odd, "--out", out, *FLAGS)
 
 
 @pytest.mark.slow
@@ -418,7 +418,7 @@ def test_run(odd, finished):
 @pytest.mark.slow
 def test_killed_stopped_and_resumed_is_bit_equal(odd, finished, script, tmp_path, monkeypatch):
     out = tmp_path / "killed"
-    flags = ["--data", odd, "--out", out, *FLAGS, "--baseline", "--resume",
+    flags = ["--data", odd, "--out", out, *FLAGS, "--resume",
              "--save-minutes", "0.0001"]
     step = int(np.random.default_rng().integers(2, 12))
     runs.kill_at(step, out, "ava.py", *flags, "--workers", 1)             # SIGKILL
@@ -453,7 +453,8 @@ def test_signal_between_micro_batches(odd, script, tmp_path, monkeypatch):
         return normalize(*args)
     monkeypatch.setattr(ava.data, "normalize", signal_in_the_second_step)
     with pytest.raises(SystemExit):
-        script("--data", odd, "--out", tmp_path, *FLAGS, "--batch-size", 4, "--device-batch", 1)
+        script("--data", odd, "--out", tmp_path, *FLAGS, "--batch-size", 4, "--device-batch", 1,
+               "--no-baseline")
     assert len(calls) == 6 and read_checkpoint(tmp_path / "last.pt")["step"] == 1
 
 
@@ -462,7 +463,7 @@ def test_ranks_and_accumulation(odd, script, tmp_path):
     """Two ranks and accumulation average the same boxes as one batch, also where a clip has none.
     Two ranks test every key frame once, with bit-identical scores."""
     flags = ["--data", odd, *FLAGS, "--batch-size", 4, "--drop-path", 0, "--dropout", 0,
-             "--epochs", 2, "--val-epochs", 0, "--device-batch", 1]
+             "--epochs", 2, "--val-epochs", 0, "--no-baseline", "--device-batch", 1]
     script("--out", tmp_path / "one", *flags, "--device-batch", 4)
     done = runs.run("ava.py", "--out", tmp_path / "two", *flags, processes=2)
     assert done.returncode == 0, done.stderr

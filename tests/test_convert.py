@@ -5,6 +5,8 @@ import os
 import pickle
 import sys
 
+from engine import read_checkpoint, save_checkpoint
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,6 @@ import convert
 import mvit
 import vit
 from convert import export, foreign_recipe, import_foreign, load_weights, recognize, rename
-from engine import read_checkpoint, save_checkpoint
 from models import build_classifier, build_maskfeat
 
 SHARED = dict(patch_size=8, expand="mlp", drop_path=0.0, checkpointing=False, num_frames=4,

@@ -2,11 +2,9 @@
 import hashlib
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +15,6 @@ from PIL import Image
 import data
 import layouts
 import video
-from conftest import ROOT
 from test_video import av, cut_off, expected_numbers, read_numbers, videos, write_video  # noqa: F401
 
 

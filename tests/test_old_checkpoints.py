@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 
+from engine import read_checkpoint
+
 import pytest
 import runs
 import torch
@@ -14,7 +16,6 @@ from conftest import GOLDEN, ROOT
 import models
 import mvit
 from convert import load_weights
-from engine import read_checkpoint
 
 FLAGS = ["--image-size", 32, "--frames", 4, "--sampling-rate", 2, "--batch-size", 4, "--epochs",
          3, "--warmup-epochs", 1, "--log-every", 1, "--workers", 0, "--drop-path", 0.2]
@@ -68,5 +69,4 @@ def test_resumes(script, clips, tmp_path):
     assert read_checkpoint(str(tmp_path / "last.pt"))["step"] == 9
     log = [line for line in runs.log_of(tmp_path) if "loss" in line]
     assert [line["step"] for line in log] == [5, 6, 7, 8, 9]
-    # The HOG of today rounds otherwise: a gradient along an axis falls in either neighboring bin.
-    assert [line["loss"] for line in log] == pytest.approx(losses, rel=1e-2)
+    assert [line["loss"] for line in log] == pytest.approx(losses, rel=1e-3)
