@@ -65,6 +65,14 @@ def finetuned(clips, pretrained, tmp_path_factory):
                               "--init", pretrained[0] / "last.pt", "--baseline")
 
 
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory):
+    """{name: path} of the numbered videos of test_video.py."""
+    from test_video import VIDEOS, write_video
+    folder = tmp_path_factory.mktemp("videos")
+    return {name: write_video(folder / name, **spec) for name, spec in VIDEOS.items()}
+
+
 @pytest.fixture
 def two_threads():
     """At least two, as sums whose order is left to chance need."""

@@ -1,7 +1,9 @@
 """data.py: crops, samples, batches, loaders and their faults, views for a test, --check."""
 import hashlib
+import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -10,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from PIL import Image
+from test_video import cut_off, expected_numbers, read_numbers, write_video
 
 import data
 import layouts
 import video
-from test_video import av, cut_off, expected_numbers, read_numbers, videos, write_video  # noqa: F401
 
 
 def touch(root, *names):
@@ -204,7 +207,7 @@ def test_epoch_batches_do_not_depend_on_ranks_and_accumulation():
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(num_samples=7), "batch_size <= 7"), (dict(world_size=3), "multiple of 3"),
-    (dict(device_batch=3), "divisor of 8"), (dict(start_step=13), "start_step=13")])
+    (dict(device_batch=3), "device_batch=3"), (dict(start_step=13), "start_step=13")])
 def test_epoch_batches_refuse(wrong, message):
     with pytest.raises(ValueError, match=message):
         data.EpochBatches(**{"num_samples": 32, "batch_size": 8, "epochs": 3} | wrong)
@@ -233,7 +236,7 @@ def test_repeats_share_the_clip_and_nothing_else(clip_set):
         assert torch.equal(item["x"][:1], one["x"]) and torch.equal(item["boxes"][:1], one["boxes"])
         assert len({view.numpy().tobytes() for view in item["x"]}) == len(set(item["seeds"].tolist())) == 3
     # Without crop, flip and augmentation the views are one clip.
-    still = finetune_dataset(clip_set, repeats=2, scale=(1, 1), ratio=(4 / 3, 4 / 3), flip=0)[0, 1]["x"]
+    still = finetune_dataset(clip_set, repeats=2, scale=(1, 1), flip=0)[0, 1]["x"]
     assert torch.equal(still[0], still[1])
 
 
@@ -270,7 +273,7 @@ def test_segments_draw_each_moment_in_its_own_part(videos, monkeypatch):
     samples = layouts.Samples("video", [videos["b_frames.mp4"]], [0], [])
     items = data.FinetuneDataset(samples, (32, 32), 8, segments=True)
     for epoch in range(200):
-        items[epoch, 0]
+        items.read(samples.paths[0], random.Random(epoch))
     drawn = np.array(drawn)
     assert drawn.shape == (200, 8) and drawn.min() >= 0 and drawn.max() < 1
     assert (np.abs(drawn.mean(0) - 0.5) < 4 * 12 ** -0.5 / 200 ** 0.5).all()
@@ -359,18 +362,99 @@ def test_views_refuse(clip_set):
             data.ViewDataset(clip_set, **{"image_size": (24, 24), "num_frames": 4} | wrong)
 
 
-# ---------------------------------------------------------------- the end of a process
+# ---------------------------------------------------------------- faults of a loader
 
 
+class Faulty(torch.utils.data.Dataset):
+    """Sample 5 calls `fault`. Stands for storage that hangs, a worker that dies."""
+
+    def __init__(self, fault, shape=(3, 8, 8)):
+        self.samples, self.fault, self.shape = layouts.Samples("image", [f"{k}.png" for k in range(20)], [], []), fault, shape
+        self.item_bytes = torch.Size(shape).numel()
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        if index == 5:
+            self.fault()
+        return {"x": torch.zeros(self.shape, dtype=torch.uint8), "unreadable": []}
+
+
+def hang():
+    time.sleep(1000)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_ends_the_waiting_for_data(workers):
+    def stop(*_):
+        raise KeyError("stopped")
+    usual, start = signal.signal(signal.SIGALRM, stop), time.monotonic()
+    loader = iter(data.make_view_loader(Faulty(hang), range(20), 2, workers))
+    try:
+        assert next(loader)["x"].shape == next(loader)["x"].shape == (2, 3, 8, 8)
+        signal.alarm(1)
+        with pytest.raises(KeyError, match="stopped"):
+            next(loader)
+    finally:
+        signal.signal(signal.SIGALRM, usual)
+    assert multiprocessing.active_children() == [] and time.monotonic() - start < 8
+
+
+@pytest.mark.parametrize("fault, words", [(hang, "no batch for 2 s.* 4.png, 5.png"), (lambda: os._exit(3), "died")])
+def test_a_worker_that_hangs_or_dies_is_an_error(monkeypatch, fault, words):
+    monkeypatch.setattr(data, "BATCH_TIMEOUT", 2)
+    with pytest.raises(OSError, match=words):
+        list(data.make_view_loader(Faulty(fault), range(20), 2, 2))
+    assert multiprocessing.active_children() == []
+
+
+def test_limits_are_checked_before_the_first_batch(monkeypatch):
+    items = Faulty(hang, (1024, 1024))
+    monkeypatch.setattr(data, "free_shared_memory", lambda: 15 << 20)
+    data.make_loader(items, [[1, 2, 3]], 2)                     # 2 workers x 2 batches x 3 MB
+    data.make_loader(items, [[1, 2, 3, 4]], 0)
+    with pytest.raises(ValueError, match="15.0 MB free.*2 workers x 2 batches of 4.0 MB.*--shm-size"):
+        data.make_loader(items, [[1], [1, 2, 3, 4]], 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes"):
+        data.make_loader(items, data.EpochBatches(20, 3, 1), 2)
+    monkeypatch.setattr(video, "file_limit", lambda: 24)
+    with pytest.raises(OSError, match="limit is 24.*ulimit -n"):
+        data.make_loader(items, [[1]], 1)
+    for item, labels in ((data.PretrainDataset, []), (data.FinetuneDataset, []), (data.ViewDataset, [])):
+        samples = layouts.Samples("video", ["a.mp4"], labels, [])
+        assert item(samples, (32, 40), 4).item_bytes == 3 * 4 * 32 * 40
+
+
+def run_script(path, text, *prefix):
+    path.write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n" + text)
+    return subprocess.run([*prefix, sys.executable, path], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.slow
+def test_full_shared_memory_is_an_error(tmp_path):
+    small = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m none /dev/shm && exec "$@"', "sh"]
+    if not sys.platform.startswith("linux") or subprocess.run([*small, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    result = run_script(tmp_path / "run.py", """
+import engine, data
+from test_data import Faulty
+items = Faulty(print, (700, 1024))
+items.item_bytes = 0  # not refused in advance
+engine.run_main(lambda: list(data.make_view_loader(items, range(20), 1, 2)))
+""", *small)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert "/dev/shm" in result.stderr and "--shm-size" in result.stderr
+
+
+@pytest.mark.slow
 def test_signals_to_the_group_spare_workers_and_exit_is_quick(tmp_path):
-    """SIGINT and SIGTERM leave the workers alone; a parent that ends with a live loader does not hang on them."""
+    """SIGINT and SIGTERM leave the workers alone. A parent that ends with a live loader does not hang."""
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    script = tmp_path / "run.py"
-    script.write_text(f"""
-import multiprocessing, os, signal, sys, time
-sys.path.insert(0, {os.path.dirname(data.__file__)!r})
-import data
-import layouts
+    start = time.time()
+    result = run_script(tmp_path / "run.py", f"""
+import multiprocessing, os, signal, data, layouts
 items = data.PretrainDataset(layouts.find_samples({str(tmp_path)!r}), (16, 16))
 batches = iter(data.make_loader(items, data.EpochBatches(1, 1, 500), 2))
 next(batches), next(batches)  # one from each worker: both have started
@@ -380,15 +464,14 @@ for worker in multiprocessing.active_children():
 print(sum(1 for _ in zip(range(300), batches)), "av" in sys.modules)
 raise SystemExit(5)
 """)
-    start = time.time()
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout.split()) == (5, ["300", "False"]), result.stderr
     assert time.time() - start < 40
 
 
-# ---------------------------------------------------------------- python data.py --check, synthetic.py
+# ---------------------------------------------------------------- python data.py --check
 
 
+@pytest.mark.slow
 def test_check_names_the_unusable_files(tmp_path):
     def run():
         return subprocess.run([sys.executable, data.__file__, "--check", str(tmp_path), "--workers", "1"],

@@ -149,12 +149,12 @@ def test_something_something_errors(tmp_path):
 
 
 def test_something_something_videos_are_read(tmp_path):
-    av, data, write_video = pytest.importorskip("av"), pytest.importorskip("data"), __import__("test_data").write_video
+    data, write_video = pytest.importorskip("data"), pytest.importorskip("test_video").write_video
     write_something(tmp_path, "", train=[("11", 1)])
     write_video(tmp_path / "20bn-something-something-v2/11.webm", range(36), Fraction(1, 12), "libvpx-vp9",
                 {"deadline": "realtime", "cpu-used": "8"})
-    items = data.TrainDataset(layouts.find_samples(tmp_path), (24, 24), num_frames=8, segments=True)
-    assert items[0, 0]["x"].shape == (3, 8, 24, 24) and items[0, 0]["label"] == 1 and not items[0, 0]["unreadable"]
+    items = data.FinetuneDataset(layouts.find_samples(tmp_path), (24, 24), num_frames=8, segments=True)
+    assert items[0, 0]["x"].shape == (1, 3, 8, 24, 24) and items[0, 0]["label"] == 1 and not items[0, 0]["unreadable"]
 
 
 def test_layout_imagenet(tmp_path):
