@@ -586,7 +586,8 @@ def make_loader(dataset, batches, workers, pin_memory=False, collate=collate):
     Raises ValueError if there is too little shared memory for batches of dataset.item_bytes (if it
     has any) each, OSError if too few files may be open.
     """
-    options = {"pin_memory": pin_memory, "collate_fn": functools.partial(collate_in_worker, collate),
+    options = {"pin_memory": pin_memory,
+               "collate_fn": functools.partial(collate_in_worker, collate),
                "generator": torch.Generator()}  # a pass draws a seed: not from the training's
     if workers:
         largest = getattr(batches, "device_batch", 0) or max(map(len, batches), default=0)

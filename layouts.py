@@ -129,7 +129,7 @@ def find_labeled(root, split, classes=(), num_classes=0, limit_per_class=0):
     samples = find_samples(root, split, limit_per_class)
     if unlabeled := sum(label < 0 for label in samples.labels):
         raise ValueError(f"{root}: {unlabeled} of the {len(samples)} files in its {split} part "
-                         "have no label: put them into a folder per class, or give a csv with labels")
+                         "have no label: put them into a folder per class, or give a csv of labels")
     named = list(samples.classes)
     if classes and named and named != list(classes) and len(named) == len(classes) \
             and not classes[0].isdigit():
