@@ -139,7 +139,9 @@ class MultiScaleAttention(nn.Module):
 
     def forward(self, x, thw):
         """(B, 1 + t*h*w, dim) -> (B, 1 + t'*h'*w', dim_out) and the grid (t', h', w')."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        # Three products, not one cut in three, so that each lies in memory as convolutions want it.
+        weights, biases = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
+        q, k, v = (F.linear(x, weight, bias) for weight, bias in zip(weights, biases))
         q, q_thw = self.pool(q, self.pool_q, self.norm_q, thw)            # (B, 1 + Nq, heads, C)
         k, k_thw = self.pool(k, self.pool_k, self.norm_k, thw)            # (B, 1 + Nk, heads, C)
         v, _ = self.pool(v, self.pool_v, self.norm_v, thw)
