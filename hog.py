@@ -65,8 +65,8 @@ class HOG(nn.Module):
         histogram = torch.stack([self._sum_cells(size * (bin == k)) for k in range(self.bins)], 2)
         if self.norm == "none":
             return histogram
-        # A cell that is flat but for rounding stays near zero: its votes are far below 1e-4 a
-        # pixel. One step of an 8-bit image is at least 2.7e-4 (for pixels in [-1, 1] or wider).
+        # A cell that is flat but for rounding stays near zero: its mean vote is far below 1e-4. One
+        # pixel that differs by one 8-bit step gives an 8x8 cell 1 / 255 / 0.225 / 64 = 2.7e-4.
         return F.normalize(histogram, p=int(self.norm[1]), dim=2, eps=1e-4 * self.cell ** 2)
 
     def _mix_colors(self, x):

@@ -72,8 +72,12 @@ def train(net, loss_of, name, amp="fp32", batches=(2, 2, 2, 2), backend="eager")
     return losses, breaks, graphs[0], graphs[-1] - graphs[0]
 
 
+def slow(*row):
+    return pytest.param(*row, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("name, options, amp", [
-    ("mvit_tiny", {}, "fp32"), ("mvit_tiny", {"drop_path": 0.3}, "bf16"),
+    slow("mvit_tiny", {}, "fp32"), slow("mvit_tiny", {"drop_path": 0.3}, "bf16"),
     ("mvit_tiny", {"checkpointing": True}, "fp32"), ("vit_tiny", {}, "fp32"),
     ("vit_tiny", {"drop_path": 0.3}, "bf16")])
 def test_pretraining_step_is_one_graph_compiled_once(name, options, amp):
@@ -81,13 +85,14 @@ def test_pretraining_step_is_one_graph_compiled_once(name, options, amp):
     assert counts == [0, 1, 0]
 
 
-@pytest.mark.parametrize("name, size", [("mvit_tiny", {"num_frames": 4}), ("vit_tiny", {})])
+@pytest.mark.parametrize("name, size", [slow("mvit_tiny", {"num_frames": 4}), ("vit_tiny", {})])
 def test_finetuning_step_is_one_graph_compiled_once(name, size):
     net = MODELS[name](num_classes=5, image_size=32, drop_path=0.2, dropout=0.5, **size)
     _, *counts = train(net, finetuning_loss, name)
     assert counts == [0, 1, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_compiled_steps_do_the_same(name):
     torch.manual_seed(0)
@@ -109,6 +114,7 @@ def test_breaks_are_counted(fault):
     assert breaks > 0 and first > 1
 
 
+@pytest.mark.slow
 def test_recompilations_are_counted():
     net = maskfeat("vit_tiny")
     _, *counts = train(net, pretraining_loss, "vit_tiny", batches=(2, 2, 3, 3))

@@ -116,8 +116,10 @@ def test_mask_token_replaces_stem_tokens():
     assert torch.equal(seen["tokens"][~hidden], stem[~hidden])
 
 
-def test_compiles_without_a_graph_break():
-    model, x, mask = video_model()
+@pytest.mark.parametrize("make", [
+    image_model, pytest.param(video_model, marks=pytest.mark.slow)])
+def test_compiles_without_a_graph_break(make):
+    model, x, mask = make()
     with torch.no_grad():
         want = model(x, mask)
         got = torch.compile(model, fullgraph=True, backend="aot_eager")(x, mask)
