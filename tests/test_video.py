@@ -1,4 +1,5 @@
 """video.py against videos that carry their frame numbers, written by PyAV on the spot."""
+import functools
 import os
 import random
 from fractions import Fraction
@@ -67,6 +68,11 @@ def write_video(path, pts, unit=Fraction(1, 30), codec="libx264", options=None, 
 
 def decode_all(path):
     """Slow reference: (times, duration) of all frames in s. Frame k shows number k."""
+    return decode_file(path, os.path.getsize(path))
+
+
+@functools.lru_cache
+def decode_file(path, size):
     with av.open(path) as container:
         stream = container.streams.video[0]
         unit = float(stream.time_base)
@@ -134,7 +140,7 @@ def test_read_clip_shows_the_frames_of_a_slow_reference(videos, name):
     "b_frames.mp4", "open_gop.mp4", "odd_rate.mp4", "late_start.mp4", "mpeg4.avi"])
 def test_read_clip_is_the_naive_form(videos, name):
     for position in (0, 0.4, 1):
-        for side in (48, 24, 96):
+        for side in (48, 96):
             fast = video.read_clip(videos[name], 8, 3, position, side)
             naive = plain_clip(videos[name], 8, 3, position, side)
             assert read_numbers(fast) == read_numbers(naive)
@@ -213,10 +219,10 @@ def test_one_reading_is_enough(ending, tmp_path, strategies):
     """Matroska's packets carry no decoding times. Those that libav makes up go back and forth."""
     options = {"g": "48", "bf": "8", "b-pyramid": "normal"}
     path = write_video(tmp_path / f"v.{ending}", range(240), options=options)
-    for k in range(25):
-        clip = video.read_clip(path, 8, 3, k / 24, None)
-        assert read_numbers(clip) == expected_numbers(path, 8, 3, k / 24)
-    assert strategies == ["seek"] * 25
+    for k in range(13):
+        clip = video.read_clip(path, 8, 3, k / 12, None)
+        assert read_numbers(clip) == expected_numbers(path, 8, 3, k / 12)
+    assert strategies == ["seek"] * 13
 
 
 def test_a_frame_on_display_that_does_not_come_is_not_replaced(videos, monkeypatch, strategies):
