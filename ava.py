@@ -58,11 +58,11 @@ class Recipe:
     # model and input
     model: str = option("mvitv2_l", choices=tuple(mvit.MODELS))
     init: str = option("auto", f"checkpoint to start from; auto: {' or '.join(STARTS)}; '': none")
-    image_size: tuple = (312, 312)                                    # Table 4: 312, 40x3
+    image_size: tuple = (312, 312)  # Table 4: 312, 40x3
     num_frames: int = option(40, alias="--frames")
     sampling_rate: int = 3
     expand: str = option("mlp", choices=("mlp", "attn"))
-    drop_path: float = 0.4                                            # MViT
+    drop_path: float = 0.4  # MViT
     dropout: float = 0.0
     head_init_scale: float = 0.001
     mean: tuple = (0.45, 0.45, 0.45)
@@ -81,8 +81,8 @@ class Recipe:
     lr: float = 0.6
     lr_batch: int = 512
     warmup_epochs: float = 5.0
-    warmup_lr: float = 1e-6                                           # ours
-    min_lr: float = 1e-6                                              # ours
+    warmup_lr: float = 1e-6  # ours
+    min_lr: float = 1e-6  # ours
     layer_decay: float = 1.0
     weight_decay: float = 1e-8
     beta2: float = 0.999
@@ -95,7 +95,7 @@ class Recipe:
     val_epochs: int = option(5, "epochs between tests on every fourth second; 0: never")
     baseline: bool = option(False, "also test the untrained head")
     eval: str = option("", "checkpoint to test, without training")
-    draw: str = option("", "with --eval: picture to write")
+    draw: str = option("", "picture to write; without --eval also OUT/last.png")
     # the run
     data: str = option("", "folder with the data; without one, movies are made in data/")
     movie_start: float = option(0.0, "second at which the files in DIR/videos begin")
@@ -145,11 +145,9 @@ def check(recipe):
     if not max(recipe.image_size) <= recipe.jitter[0] <= recipe.jitter[1]:
         raise ValueError(f"jitter={recipe.jitter} is no range from image_size={recipe.image_size} "
                          "up: set --jitter with --image-size")
-    if recipe.draw and not recipe.eval:
-        raise ValueError(f"--draw {recipe.draw} needs --eval CKPT")
 
 
-# ----------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- data
 
 DETECTED = "person_box_67091280_iou90/ava_detection_{0}_boxes_and_labels"
 TABLES = {
@@ -199,26 +197,15 @@ def key_of(movie, second):
     return f"{movie},{int(second):04d}"
 
 
-def read_label_map(path):
-    """{class: name} of the classes to evaluate, from a pbtxt."""
-    with open(path) as f:
-        items = re.findall(r'name:\s*"(.*?)"\s*(?:label_)?id:\s*(\d+)', f.read())
-    return {int(number): name for name, number in items}
-
-
-def read_excluded(path):
-    """Keys of the timestamps that do not count."""
-    with open(path) as f:
-        return {key_of(*line.split(",")) for line in f if line.strip()}
-
-
 def read_truth(folder):
-    """(the classes to evaluate, true boxes, keys that do not count) of a test."""
-    return (read_label_map(locate(folder, "actions")), read_boxes(locate(folder, "truth")),
-            read_excluded(locate(folder, "excluded")))
+    """({class: name} of the classes to evaluate, true boxes, keys that do not count) of a test."""
+    with open(locate(folder, "actions")) as f:
+        names = re.findall(r'name:\s*"(.*?)"\s*(?:label_)?id:\s*(\d+)', f.read())
+    with open(locate(folder, "excluded")) as f:
+        excluded = {key_of(*line.split(",")) for line in f if line.strip()}
+    return ({int(label): name for name, label in names}, read_boxes(locate(folder, "truth")),
+            excluded)
 
-
-# ------------------------------------------------------------------------------------------- data
 
 class KeyFrame(NamedTuple):
     """The boxes of one second of a movie."""
@@ -248,25 +235,25 @@ def find_key_frames(recipe, split, print0):
     """(the key frames of a split that have boxes, {movie: its media}).
 
     Training takes true boxes, and predicted ones from recipe.box_score up. Validation takes the
-    latter. A box without class is a person with no action. Rows that cannot be used are counted.
+    latter. A box without class is a person with no action. A row is left out if its movie is
+    missing, its box inverted, or its second or class out of range.
     """
     media, frames, left_out = find_media(recipe.data, split), {}, []
     kinds = ["truth"] * (split == "train") + ["predicted"] * (split == "val" or recipe.predicted)
     for kind in kinds:
         rows = read_boxes(locate(recipe.data, kind, split), scored=kind == "predicted")
-        for key, box, label, score in rows[rows["score"] >= recipe.box_score]:
+        for key, box, label, _ in rows[rows["score"] >= recipe.box_score]:
             movie, second, (x1, y1, x2, y2) = key[:-5], int(key[-4:]), box
             if FIRST <= second <= LAST and x1 <= x2 and y1 <= y2 and movie in media \
                     and (label == -1 or 1 <= label <= CLASSES):
-                targets = frames.setdefault((movie, second), {}).setdefault(
-                    tuple(box), np.zeros(CLASSES, bool))
-                targets[label - 1] |= label > 0
+                boxes = frames.setdefault((movie, second), {})
+                targets = boxes.setdefault(tuple(box), np.zeros(CLASSES, bool))
+                if label > 0:
+                    targets[label - 1] = True
             else:
-                left_out.append(f"{key},{box}: {label}")
+                left_out.append(f"{key}, box {box}, class {label}")
     if left_out:
-        print0(f"{split}: {len(left_out)} rows left out, with a missing movie, an inverted box, a "
-               f"class outside 1 to {CLASSES} or a second outside {FIRST} to {LAST}, such as "
-               f"{left_out[0]}")
+        print0(f"{split}: {len(left_out)} rows left out, such as {left_out[0]}")
     if not frames:
         raise ValueError(f"{recipe.data} has no box of use for its {len(media)} {split} movies")
     return [KeyFrame(*key, np.array(list(boxes)), np.array(list(boxes.values())))
@@ -275,10 +262,9 @@ def find_key_frames(recipe, split, print0):
 
 def fingerprint_of(frames):
     """A hex digest, by which a resumed run knows its data."""
-    digest = hashlib.sha256()
-    for f in frames:
-        digest.update(key_of(*f[:2]).encode() + f.boxes.tobytes() + f.targets.tobytes())
-    return digest.hexdigest()[:16]
+    rows = [f"{f.movie},{f.second}".encode() + f.boxes.tobytes() + f.targets.tobytes()
+            for f in frames]
+    return hashlib.sha256(b"".join(rows)).hexdigest()[:16]
 
 
 def read_clip(recipe, media, frame, min_size):
@@ -313,9 +299,8 @@ class Clips(torch.utils.data.Dataset):
     """Clips and boxes, indexed by (epoch, index) in training, else by index.
 
     view: "train" (random size in recipe.jitter, crop and flip), "center" (crop) or "full".
-    An item is a dict of "x" uint8 (3, T, h, w), "boxes" float32 (n, 4) in pixels of x, "targets"
-    float32 (n, 80) and "unreadable", a list of (name, reason). In training another clip replaces
-    an unreadable one. In a test it has no boxes.
+    Items: "x" (3, T, h, w) uint8, "boxes" (n, 4) in pixels of x, "targets" (n, 80), "unreadable":
+    [(name, reason)]. In training another clip replaces an unreadable one. In a test it has no box.
     """
 
     def __init__(self, frames, media, recipe, view):
@@ -371,7 +356,7 @@ def collate(items):
             "unreadable": [entry for item in items for entry in item["unreadable"]]}
 
 
-# ------------------------------------------------------------------------------------------ boxes
+# ---------------------------------------------------------------------------------- boxes and head
 
 def transform_boxes(boxes, picture, scaled, crop, flip=False, per_axis=True):
     """Boxes as fractions of a picture -> pixels of a crop of the scaled picture.
@@ -382,42 +367,29 @@ def transform_boxes(boxes, picture, scaled, crop, flip=False, per_axis=True):
     """
     (H, W), (h, w), (top, left, crop_h, crop_w) = picture, scaled, crop
     boxes = np.clip(boxes * [W, H, W, H], 0, [W - 1, H - 1, W - 1, H - 1])
-    if per_axis:
-        boxes = boxes * [w, h, w, h] / [W, H, W, H]
-    else:
-        boxes = boxes * max(w, h) / max(W, H)
-    boxes = boxes - [left, top, left, top]
+    ratios = [w / W, h / H] if per_axis else [max(w, h) / max(W, H)] * 2
+    boxes = boxes * np.tile(ratios, 2) - [left, top, left, top]
     if flip:
         boxes[:, [0, 2]] = crop_w - 1 - boxes[:, [2, 0]]
     return np.clip(boxes, 0, [crop_w - 1, crop_h - 1, crop_w - 1, crop_h - 1])
 
 
-def box_iou(box, boxes):
-    """Intersection over union of one box and each of several: (4,), (n, 4) -> (n,)."""
-    low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
-    both = np.prod(np.maximum(high - low, 0), axis=1)
-    return both / (np.prod(box[2:] - box[:2]) + np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) - both)
-
-
-# ------------------------------------------------------------------------------------------- head
-
 def roi_weights(start, size, length, bins, ratio):
-    """Weight of each cell of a row of `length` cells in each of `bins` parts of n intervals.
+    """Weights of `length` cells in the mean of the samples in each of `bins` parts of n intervals.
 
-    start, size: (n,) in cells. A part is the mean of `ratio` samples, or if that is 0, of as many
-    as it has cells. Returns (n, bins, length).
+    start, size: (n,) in cells. ratio: see roi_align. Returns (n, bins, length).
     """
     part = size / bins
-    count = torch.full_like(size, ratio) if ratio else part.ceil().clamp(min=0)   # (n,) samples
+    count = torch.full_like(size, ratio) if ratio else part.ceil().clamp(min=0)  # (n,) samples
     k = torch.arange(max(int(count.max()), 1) if len(count) else 1, device=size.device)
     step = (part / count.clamp(min=1))[:, None, None]
     place = torch.arange(bins, device=size.device)[:, None] * part[:, None, None]
-    place = start[:, None, None] + (place + (k + 0.5) * step)                     # (n, bins, K)
+    place = start[:, None, None] + (place + (k + 0.5) * step)                # (n, bins, K)
     # A sample more than a cell outside counts in the mean as 0.
     counted = (k < count[:, None, None]) & (place >= -1) & (place <= length)
     cells = torch.arange(length, device=size.device)
-    distance = (place.clamp(0, length - 1)[..., None] - cells).abs()              # (.., K, length)
-    weight = (1 - distance).clamp(min=0) * counted[..., None]                     # linear
+    distance = (place.clamp(0, length - 1)[..., None] - cells).abs()         # (.., K, length)
+    weight = (1 - distance).clamp(min=0) * counted[..., None]                # linear
     return weight.sum(dim=2) / count.clamp(min=1)[:, None, None]
 
 
@@ -431,37 +403,13 @@ def roi_align(features, rois, scale, bins=7, ratio=0):
     """
     # The weight of a cell is that of its row times that of its column.
     x1, y1, x2, y2 = (rois[:, 1:] * scale - 0.5).unbind(1)
-    rows = roi_weights(y1, y2 - y1, features.shape[2], bins, ratio)               # (n, bins, H)
-    columns = roi_weights(x1, x2 - x1, features.shape[3], bins, ratio)            # (n, bins, W)
+    rows = roi_weights(y1, y2 - y1, features.shape[2], bins, ratio)          # (n, bins, H)
+    columns = roi_weights(x1, x2 - x1, features.shape[3], bins, ratio)       # (n, bins, W)
     weights = torch.einsum("nph,nqw->npqhw", rows, columns).flatten(3).flatten(1, 2)
     # Each box's own map. The gradient of an embedding is summed in a fixed order: runs repeat.
     maps = F.embedding(rois[:, 0].long(), features.permute(0, 2, 3, 1).flatten(1))
-    maps = maps.unflatten(1, (-1, features.shape[1]))                             # (n, H*W, C)
+    maps = maps.unflatten(1, (-1, features.shape[1]))                        # (n, H*W, C)
     return (weights.to(maps.dtype) @ maps).transpose(1, 2).unflatten(2, (bins, bins))
-
-
-class Detector(nn.Module):
-    """An MViT classifier applied to boxes: clips and rois -> one row of logits per roi."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.scale = 1 / model.patch_stride[-1]
-
-    def feature_map(self, x):
-        """(B, 3, T, H, W) -> (B, D, h, w): normed patch tokens, mean over time."""
-        tokens, grid = self.model.encode(*self.model.embed(x))
-        tokens = self.model.norm(tokens)[:, 1:].unflatten(1, grid)                # (B, t, h, w, D)
-        return tokens.mean(dim=1).permute(0, 3, 1, 2)
-
-    def classify(self, features, rois):
-        """(B, D, h, w), (n, 5) in pixels -> logits (n, 80) float32."""
-        with torch.autocast(features.device.type, enabled=False):
-            x = roi_align(features.float(), rois, self.scale).amax(dim=(2, 3))    # (n, D)
-            return self.model.head(F.dropout(x, self.model.dropout, self.training))
-
-    def forward(self, x, rois):
-        return self.classify(self.feature_map(x), rois)
 
 
 def model_recipe(recipe):
@@ -469,18 +417,36 @@ def model_recipe(recipe):
     return {**asdict(recipe), "num_classes": CLASSES, "pool": "mean"}
 
 
-def build(recipe):
-    return Detector(build_classifier(model_recipe(recipe)))
+class Detector(nn.Module):
+    """An MViT classifier applied to boxes: clips and rois -> one row of logits per roi."""
+
+    def __init__(self, recipe):
+        super().__init__()
+        self.model = build_classifier(model_recipe(recipe))
+        self.scale = 1 / self.model.patch_stride[-1]
+        self.train_features = self.feature_map  # may be compiled: only tests vary in size
+
+    def feature_map(self, x):
+        """(B, 3, T, H, W) -> (B, D, h, w): normed patch tokens, mean over time."""
+        tokens, grid = self.model.encode(*self.model.embed(x))
+        tokens = self.model.norm(tokens)[:, 1:].unflatten(1, grid)          # (B, t, h, w, D)
+        return tokens.mean(dim=1).permute(0, 3, 1, 2)
+
+    def classify(self, features, rois):
+        """(B, D, h, w), (n, 5) in pixels -> logits (n, 80) float32."""
+        with torch.autocast(features.device.type, enabled=False):
+            x = roi_align(features.float(), rois, self.scale).amax((2, 3))  # (n, D)
+            return self.model.head(F.dropout(x, self.model.dropout, self.training))
+
+    def forward(self, x, rois):
+        return self.classify((self.train_features if self.training else self.feature_map)(x), rois)
 
 
 def start_weights(detector, recipe, print0):
     """Load --init, a checkpoint of the same model. Make the weights of a new head small."""
     path, new = recipe.init, ["head"]
     if path == "auto":
-        path = next(filter(os.path.isfile, STARTS), None)
-        if path is None:
-            raise FileNotFoundError(f"there is no {' or '.join(STARTS)}: run pretrain.py first, or "
-                                    "give --init CKPT, or --init '' to start from scratch")
+        path = next(filter(os.path.isfile, STARTS), STARTS[0])
     if path:
         new = load_weights(detector.model, path, verbose=False)["fresh"]
     print0(f"starting from {path or 'scratch'}, new weights: {', '.join(new) or 'none'}")
@@ -503,7 +469,7 @@ def train(name, recipe, overrides, rank, world, device, print0):
 
     checkpoint = engine.find_checkpoint(recipe)
     engine.seed_all(recipe.seed)
-    detector = build(recipe)
+    detector = Detector(recipe)
     if not checkpoint:
         start_weights(detector, recipe, print0)
     detector.to(device)
@@ -514,7 +480,6 @@ def train(name, recipe, overrides, rank, world, device, print0):
     if recipe.baseline and not checkpoint:
         untrained = {view: test(view)["mAP"] for view in ("center", "full")}
     engine.print_setup(name, recipe, detector, optimizer, world, device_batch, amp, print0)
-    print0(f"{len(frames)} key frames to train, {len(val[0])} to test")
     run = engine.Run(
         recipe, detector.model, optimizer, scaler, steps_per_epoch=steps_per_epoch, device=device,
         fingerprint=fingerprint_of(frames), num_files=len(frames), unit="clip",
@@ -525,11 +490,9 @@ def train(name, recipe, overrides, rank, world, device, print0):
     loader = iter(data.make_loader(
         Clips(frames, media, recipe, "train"), batches,
         engine.loader_workers(recipe.workers, device), device.type == "cuda", collate))
-    trained = Detector(detector.model)  # a second one, since tests take other sizes: not compiled
     if engine.should_compile(recipe.compile, device, print0):
-        trained.feature_map = torch.compile(trained.feature_map)  # the number of boxes varies
-    ddp = engine.wrap_ddp(trained)
-    trained.train()
+        detector.train_features = torch.compile(detector.feature_map)  # the number of boxes varies
+    ddp = engine.wrap_ddp(detector.train())
 
     while run.step < run.total_steps:
         lr = run.start_step()
@@ -553,7 +516,7 @@ def train(name, recipe, overrides, rank, world, device, print0):
         every = recipe.val_epochs * steps_per_epoch
         if every and run.step % every == 0 and run.step < run.total_steps:
             run.log(step=run.step, val_mAP=test("center", every=4)["mAP"])
-            trained.train()
+            detector.train()
             run.restart_clock()
     run.finish()
 
@@ -562,33 +525,37 @@ def train(name, recipe, overrides, rank, world, device, print0):
     if rank == 0:
         draw_detections(tested["center"], val[1], recipe, stem + ".png")
     print0(f"wrote {run.checkpoint_path}, {run.log_path}, {stem}.png")
-    for view, mean in untrained.items():
+    for view in sorted(tested.keys() & untrained):
         print0(f"{view} view: mAP@0.5 {100 * tested[view]['mAP']:.2f}, of the untrained head "
-               f"{100 * mean:.2f}")
+               f"{100 * untrained[view]:.2f}")
 
 
-# ----------------------------------------------------------------------------------------- metric
+# ------------------------------------------------------------------------------------------- test
 
-def match_boxes(truth, found, threshold):
+def match_boxes(truth, found):
     """Which of the found boxes of a class hit a true one: (n,) bool.
 
     A found box is compared only with the true box of its key that it overlaps most. It misses if
-    they overlap less than the threshold, or if an earlier one has hit that box.
+    their IoU is less than 0.5, or if an earlier one has hit that box.
     """
     places, hit, used = {}, np.zeros(len(found), bool), set()
     for place, key in enumerate(truth["key"]):
         places.setdefault(key, []).append(place)
     for i, (key, box) in enumerate(zip(found["key"], found["box"])):
         if key in places:
-            iou = box_iou(box, truth["box"][places[key]])
+            boxes = truth["box"][places[key]]                                     # (m, 4)
+            low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
+            both = np.prod(np.maximum(high - low, 0), axis=1)
+            areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) + np.prod(box[2:] - box[:2])
+            iou = both / (areas - both)
             best = places[key][iou.argmax()]
-            hit[i] = iou.max() >= threshold and best not in used
+            hit[i] = iou.max() >= 0.5 and best not in used
             if hit[i]:
                 used.add(best)
     return hit
 
 
-def average_precisions(truth, found, classes, excluded=(), match="file", threshold=0.5):
+def average_precisions(truth, found, classes, excluded=(), match="file"):
     """{class: average precision}, NaN for a class without true boxes. Their nanmean is the mAP.
 
     truth, found: arrays of ROW. Found boxes without area do not count. excluded: keys to leave out.
@@ -602,7 +569,7 @@ def average_precisions(truth, found, classes, excluded=(), match="file", thresho
         true, tried = truth[truth["label"] == label], found[found["label"] == label]
         if match == "score":
             tried = tried[np.argsort(-tried["score"], kind="stable")]
-        hits = match_boxes(true, tried, threshold)
+        hits = match_boxes(true, tried)
         hits = hits[np.argsort(tried["score"], kind="stable")[::-1]].cumsum()
         precision = np.concatenate([hits / np.arange(1, len(hits) + 1), [0.0]])
         envelope = np.maximum.accumulate(precision[::-1])[::-1]
@@ -611,8 +578,6 @@ def average_precisions(truth, found, classes, excluded=(), match="file", thresho
         precisions[label] = area if len(true) else float("nan")
     return precisions
 
-
-# ------------------------------------------------------------------------------------------- test
 
 @torch.no_grad()
 def detect(detector, frames, media, recipe, view):
@@ -658,12 +623,10 @@ def run_test(detector, recipe, frames, media, print0, view, every=1, stem=""):
                       for label in names], ROW)
     precisions = average_precisions(truth, found, names, excluded, recipe.match)
     known = {label: value for label, value in precisions.items() if not math.isnan(value)}
-    counted = truth["label"][[key not in excluded for key in truth["key"]]]
-    results = {
-        "view": view, "match": recipe.match, "mAP": sum(known.values()) / max(len(known), 1),
-        "per_class": {name: [known.get(label), int((counted == label).sum())]
-                      for label, name in names.items()},
-        "key_frames": len(frames), "boxes": sum(map(len, scores)), "unreadable": unreadable}
+    results = {"view": view, "match": recipe.match,
+               "mAP": sum(known.values()) / max(len(known), 1),
+               "per_class": {name: known.get(label) for label, name in names.items()},
+               "key_frames": len(frames), "boxes": sum(map(len, scores)), "unreadable": unreadable}
     print0(f"{view} view, {results['boxes']} boxes in {len(frames)} key frames, matched by "
            f"{recipe.match}, {len(unreadable)} clips unreadable: "
            f"mAP@0.5 {100 * results['mAP']:.2f}")
@@ -676,27 +639,27 @@ def run_test(detector, recipe, frames, media, print0, view, every=1, stem=""):
     return {**results, "frames": frames, "scores": scores}
 
 
-def draw_detections(results, media, recipe, path, count=6, width=320, height=240):
+def draw_detections(results, media, recipe, path, count=4, height=240, width=320):
     """Write a picture of `count` of the tested key frames.
 
     White: true boxes. Orange: the classified boxes, with the action of the best score.
     """
     names, truth, _ = read_truth(recipe.data)
     read = [(f, rows) for f, rows in zip(results["frames"], results["scores"]) if len(rows)]
-    sheet, size = Image.new("RGB", (3 * width, count // 3 * height)), np.tile([width, height], 2)
-    for i, (frame, rows) in enumerate(read[::max(len(read) // count, 1)][:count]):
-        clip, _ = read_clip(replace(recipe, num_frames=1), media[frame.movie], frame, size[1::-1])
+    pictures, size, one = [], np.tile([width, height], 2), replace(recipe, num_frames=1)
+    for frame, rows in read[::max(len(read) // count, 1)][:count]:
+        clip, _ = read_clip(one, media[frame.movie], frame, (height, width))
         picture = Image.fromarray(clip[0].permute(1, 2, 0).numpy()).resize((width, height))
         pen = ImageDraw.Draw(picture)
-        for box in truth["box"][truth["key"] == key_of(frame.movie, frame.second)]:
+        for box in truth["box"][truth["key"] == key_of(*frame[:2])]:
             pen.rectangle((box * size).tolist(), outline="white")
         for box, row in zip((frame.boxes * size).tolist(), rows):
             best = max(names, key=lambda label: row[label - 1])
             pen.rectangle(box, outline="orange", width=2)
-            pen.text((box[0] + 3, box[1] + 2), f"{names[best]} {100 * row[best - 1]:.0f}%",
-                     "orange", stroke_width=2, stroke_fill="black")
-        sheet.paste(picture, (i % 3 * width, i // 3 * height))
-    sheet.save(path)
+            pen.text(box[:2], f" {names[best]} {100 * row[best - 1]:.0f}%", "orange",
+                     stroke_width=2, stroke_fill="black")
+        pictures.append(np.asarray(picture))
+    Image.fromarray(np.concatenate(pictures)).save(path)
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -705,7 +668,7 @@ def dry_run(recipe):
     """Print parameters, FLOPs and output grid."""
     shape = (1, 3, recipe.num_frames, *recipe.image_size)
     with torch.device("meta"):
-        model = build(recipe).model
+        model = Detector(recipe).model
         _, grid = model.encode(*model.embed(torch.empty(shape)))
     cost = count_flops(model, shape)
     print(f"{recipe.model}, expand={recipe.expand}: {cost['parameters']:,} parameters, "
@@ -717,9 +680,7 @@ def load_for_test(recipe, overrides):
     stored = foreign_recipe(engine.read_checkpoint(recipe.eval))
     recipe = replace(recipe, **{key: stored[key] for key in MODEL_FIELDS
                                 if key in stored and key not in overrides})
-    if not recipe.data:
-        raise ValueError("--data DIR is required")
-    detector = build(replace(recipe, drop_path=0.0, dropout=0.0))
+    detector = Detector(replace(recipe, drop_path=0.0, dropout=0.0))
     if fresh := load_weights(detector.model, recipe.eval, verbose=False)["fresh"]:
         raise ValueError(f"--eval {recipe.eval} lacks {', '.join(fresh)}: use it for --init")
     return recipe, detector
@@ -734,7 +695,7 @@ def main():
     print0 = tqdm.write if rank == 0 else lambda line: None
     if recipe.eval:
         recipe, detector = load_for_test(recipe, overrides)
-    elif not recipe.data:
+    if not recipe.data:
         folder = synthetic.make_ava_dataset("data/synthetic_ava", print0=print0)
         recipe = replace(recipe, data=folder, movie_start=float(synthetic.MOVIE_START))
     if not recipe.eval:
