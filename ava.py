@@ -8,10 +8,9 @@
 The boxes of persons come from a separate detector. The model encodes the clip around a key frame.
 RoIAlign cuts each box out of the features, and a linear layer gives one logit per action.
 
---data DIR has the published tables, and movies or frames: see docs/ava.md, also for the differences
-from the release, which here is SlowFast's AVA loader, MViT's detection head and the ActivityNet
-evaluator. Writes OUT/last.pt, log.jsonl, last.png, last_{center,full}.csv (for the official
-evaluator) and .json. Flags without a text are those of finetune.py.
+docs/ava.md lists the files in --data DIR, and the differences from the release: SlowFast's loader
+of AVA, MViT's detection head, ActivityNet's evaluator. Writes OUT/last.pt, log.jsonl, last.png,
+last_{center,full}.csv and .json. Flags without a text are those of finetune.py.
 """
 import hashlib
 import json
@@ -41,28 +40,27 @@ from convert import foreign_recipe, load_weights
 from models import build_classifier
 from tools import synthetic
 from tools.flops import count_flops
-from video import UnreadableFile
 
-CLASSES = 80                 # numbered from 1 in the tables; 60 of them are evaluated
+CLASSES = 80                 # numbered from 1 in the tables
 FIRST, LAST = 902, 1798      # seconds that have boxes
 FRAMES_START, FPS = 900, 30  # second of the first frame in DIR/frames, frames per second
 STARTS = ("out/finetune/last.pt", "out/pretrain/last.pt")
 
 
 # ---------------------------------------------------------------------------------------- recipes
-# The paper's AVA recipe is in its appendix, which is not public to us. The large rows are those of
-# MViTv1 and MViTv2, and the last one is VideoMAE's. The rest is as in MaskFeat's fine-tuning.
+# The paper's appendix, which is not public to us, has its recipe. This one is of MViTv1 and MViTv2
+# (SGD, 0.6 at 512, 30 epochs, drop path 0.4), and else as in MaskFeat's fine-tuning.
 
 @dataclass(frozen=True)
 class Recipe:
     # model and input
     model: str = option("mvitv2_l", choices=tuple(mvit.MODELS))
-    init: str = option("auto", f"checkpoint to start from; auto: {' or '.join(STARTS)}; '': none")
+    init: str = option("auto", f"checkpoint; auto: {' or '.join(STARTS)}; '': none")
     image_size: tuple = (312, 312)  # Table 4: 312, 40x3
     num_frames: int = option(40, alias="--frames")
     sampling_rate: int = 3
     expand: str = option("mlp", choices=("mlp", "attn"))
-    drop_path: float = 0.4  # MViT
+    drop_path: float = 0.4
     dropout: float = 0.0
     head_init_scale: float = 0.001
     mean: tuple = (0.45, 0.45, 0.45)
@@ -70,8 +68,8 @@ class Recipe:
     # boxes and crops
     box_score: float = option(0.8, "least score of a predicted box")  # release
     predicted: bool = option(True, "train on predicted boxes, too")
-    drop_empty: bool = option(True, "drop training boxes that the crop leaves empty")
-    box_per_axis: bool = option(True, "scale boxes per axis, else by the longer side's ratio")
+    drop_empty: bool = option(True, "drop training boxes that a crop empties")
+    box_per_axis: bool = option(True, "scale boxes along each axis")
     jitter: tuple = option((356, 446), "range of the shorter side in training")  # as 256-320 to 224
     flip: float = 0.5
     # optimization
@@ -88,16 +86,15 @@ class Recipe:
     beta2: float = 0.999
     clip_grad: float = 5.0
     seed: int = 0
-    # testing
+    # testing and the run: from here on all may change with --resume
     view: str = option("center", "center crop, or the full picture", ("center", "full"))
-    match: str = option("file", "match boxes in file order, as officially, or best score first",
+    match: str = option("file", "match boxes in file order (official), or best score first",
                         ("file", "score"))
     val_epochs: int = option(5, "epochs between tests on every fourth second; 0: never")
     baseline: bool = option(False, "also test the untrained head")
     eval: str = option("", "checkpoint to test, without training")
-    draw: str = option("", "picture to write; without --eval also OUT/last.png")
-    # the run
-    data: str = option("", "folder with the data; without one, movies are made in data/")
+    draw: str = option("", "picture to write, with --eval")
+    data: str = option("", "folder with the data; none: movies are made in data/")
     movie_start: float = option(0.0, "second at which the files in DIR/videos begin")
     out: str = "out/ava"
     resume: bool = False
@@ -111,7 +108,7 @@ class Recipe:
     dry_run: bool = option(False, "only print parameters and FLOPs")
 
 
-AVA = Recipe()  # MViTv1, MViTv2: SGD, 0.6 at 512, 30 epochs, drop path 0.4
+AVA = Recipe()
 RECIPES = {
     "tiny": Recipe(  # ours: minutes on two CPU cores
         model="mvit_tiny", image_size=(64, 64), num_frames=8, sampling_rate=4, jitter=(64, 80),
@@ -122,21 +119,16 @@ RECIPES = {
     "ava_mvitv2_s_16x4": replace(
         AVA, model="mvitv2_s", image_size=(224, 224), num_frames=16, sampling_rate=4,
         jitter=(256, 320), device_batch=8, checkpointing=False),
-    "ava_mvitv2_l_adamw": replace(  # VideoMAE, ViT-L
-        AVA, optimizer="adamw", predicted=False, lr=5e-4, lr_batch=256, batch_size=128,
-        weight_decay=0.05, epochs=20, drop_path=0.2, layer_decay=0.8),
 }
 # What may change when a run is resumed, and what a test takes from its checkpoint.
-RUN_FIELDS = {
-    "data", "out", "init", "resume", "baseline", "device_batch", "amp", "compile", "checkpointing",
-    "workers", "save_minutes", "log_every", "movie_start", "view", "match", "val_epochs", "eval",
-    "draw", "dry_run"}
+FIELDS = list(Recipe.__dataclass_fields__)
+RUN_FIELDS = {"init", *FIELDS[FIELDS.index("view"):]}
 MODEL_FIELDS = ("model", "image_size", "num_frames", "sampling_rate", "expand", "mean", "std",
                 "box_score", "box_per_axis", "data", "movie_start")
 
 
 def check(recipe):
-    """Raise ValueError for flags out of range or in contradiction."""
+    """Raise ValueError for flags out of range."""
     engine.check_numbers(
         recipe, not_negative=("clip_grad", "val_epochs", "warmup_epochs", "movie_start"),
         positive=("epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every",
@@ -167,17 +159,17 @@ ROW = np.dtype([("key", object),      # "movie,second" with four digits
 def locate(folder, table, split="val"):
     """Path of a published table in folder/annotations or `folder`."""
     names = [name.format(split) for name in TABLES[table]]
-    for path in (os.path.join(folder, place, name) for place in ("annotations", "")
-                 for name in names):
-        if os.path.isfile(path):
-            return path
+    for place in ("annotations", ""):
+        for path in (os.path.join(folder, place, name) for name in names):
+            if os.path.isfile(path):
+                return path
     raise FileNotFoundError(f"{folder} and its annotations/ have no {' or '.join(names)}")
 
 
 def read_boxes(path, scored=False):
     """All rows of a table as an array of ROW, usable or not: the official evaluator counts them.
 
-    The last column is a score or, of a true box, a person. Raises ValueError for another line.
+    The last column is a score, or a person of a true box. Raises ValueError for another line.
     """
     rows = []
     with open(path) as f:
@@ -198,7 +190,7 @@ def key_of(movie, second):
 
 
 def read_truth(folder):
-    """({class: name} of the classes to evaluate, true boxes, keys that do not count) of a test."""
+    """({class: name} to evaluate, true boxes, keys that do not count) of a test."""
     with open(locate(folder, "actions")) as f:
         names = re.findall(r'name:\s*"(.*?)"\s*(?:label_)?id:\s*(\d+)', f.read())
     with open(locate(folder, "excluded")) as f:
@@ -208,10 +200,9 @@ def read_truth(folder):
 
 
 class KeyFrame(NamedTuple):
-    """The boxes of one second of a movie."""
     movie: str
     second: int
-    boxes: np.ndarray    # (n, 4) float64: x1, y1, x2, y2 in fractions of width and height
+    boxes: np.ndarray    # (n, 4) float64, as in ROW
     targets: np.ndarray  # (n, 80) bool
 
 
@@ -234,9 +225,9 @@ def find_media(folder, split):
 def find_key_frames(recipe, split, print0):
     """(the key frames of a split that have boxes, {movie: its media}).
 
-    Training takes true boxes, and predicted ones from recipe.box_score up. Validation takes the
-    latter. A box without class is a person with no action. A row is left out if its movie is
-    missing, its box inverted, or its second or class out of range.
+    Predicted boxes count from recipe.box_score up. Only training takes true ones. A box without
+    class is a person with no action. A row is left out if its movie is missing, its box inverted,
+    or its second or class out of range.
     """
     media, frames, left_out = find_media(recipe.data, split), {}, []
     kinds = ["truth"] * (split == "train") + ["predicted"] * (split == "val" or recipe.predicted)
@@ -281,12 +272,12 @@ def read_clip(recipe, media, frame, min_size):
             return video.read_moments(media, times, min_size), video.picture_size(media)
         center = (frame.second - FRAMES_START) * FPS
         if center >= len(media):
-            raise UnreadableFile("frames", f"number {center} is wanted of {len(media)}")
+            raise video.UnreadableFile("frames", f"number {center} is wanted of {len(media)}")
         names = media[np.clip(center + offsets, 0, len(media) - 1)]
         images = [video.read_image(os.path.join(recipe.data, "frames", name.decode()))
                   for name in names]
-    except UnreadableFile as error:
-        raise UnreadableFile(f"{frame.movie} at second {frame.second}",
+    except video.UnreadableFile as error:
+        raise video.UnreadableFile(f"{frame.movie} at second {frame.second}",
                              f"{error} (--movie-start {recipe.movie_start:g})") from error
     W, H = images[0].size
     scale = max(min_size[0] / H, min_size[1] / W)
@@ -299,8 +290,9 @@ class Clips(torch.utils.data.Dataset):
     """Clips and boxes, indexed by (epoch, index) in training, else by index.
 
     view: "train" (random size in recipe.jitter, crop and flip), "center" (crop) or "full".
-    Items: "x" (3, T, h, w) uint8, "boxes" (n, 4) in pixels of x, "targets" (n, 80), "unreadable":
-    [(name, reason)]. In training another clip replaces an unreadable one. In a test it has no box.
+    Items: "x" (1, 3, T, h, w) uint8, "boxes" (n, 4) in pixels of x, "targets" (n, 80), "count" [n]
+    and "unreadable" [(name, reason)]. In training another clip replaces an unreadable one. In a
+    test it has no box.
     """
 
     def __init__(self, frames, media, recipe, view):
@@ -319,9 +311,10 @@ class Clips(torch.utils.data.Dataset):
             return {**item, "unreadable": unreadable}
         try:
             return {**self.sample(self.frames[key]), "unreadable": []}
-        except UnreadableFile as error:
-            x = torch.zeros(3, self.recipe.num_frames, *self.recipe.image_size, dtype=torch.uint8)
-            return {"x": x, "boxes": torch.zeros(0, 4), "targets": torch.zeros(0, CLASSES),
+        except video.UnreadableFile as error:
+            shape = 1, 3, self.recipe.num_frames, *self.recipe.image_size
+            return {"x": torch.zeros(shape, dtype=torch.uint8), "boxes": torch.zeros(0, 4),
+                    "targets": torch.zeros(0, CLASSES), "count": [0],
                     "unreadable": [(error.path, error.reason)]}
 
     def sample(self, frame, rng=None):
@@ -329,7 +322,7 @@ class Clips(torch.utils.data.Dataset):
         min_size = (H, W) if self.view == "center" else (min(H, W),) * 2
         if self.view == "train":
             min_size = (round(1 / rng.uniform(1 / r.jitter[1], 1 / r.jitter[0])),) * 2
-        x, picture = read_clip(r, self.media[frame.movie], frame, min_size)   # (T, 3, h, w)
+        x, picture = read_clip(r, self.media[frame.movie], frame, min_size)  # (T, 3, h, w)
         h, w = x.shape[2:]
         top, left, flip = math.ceil((h - H) / 2), math.ceil((w - W) / 2), False
         if self.view == "full":
@@ -337,23 +330,14 @@ class Clips(torch.utils.data.Dataset):
         elif self.view == "train":
             top, left = rng.randint(0, h - H), rng.randint(0, w - W)
             flip = rng.random() < r.flip
-        x = x[:, :, top:top + H, left:left + W].transpose(0, 1)               # (3, T, H, W)
+        x = x[:, :, top:top + H, left:left + W].transpose(0, 1)              # (3, T, H, W)
         boxes = transform_boxes(frame.boxes, picture, (h, w), (top, left, H, W), flip,
-                                r.box_per_axis)                               # (n, 4)
+                                r.box_per_axis)                              # (n, 4)
         keep = np.ones(len(boxes), bool)
         if self.view == "train" and r.drop_empty:
             keep = (boxes[:, :2] < boxes[:, 2:]).all(axis=1)
-        return {"x": (x.flip(-1) if flip else x).contiguous(),
-                "boxes": torch.from_numpy(boxes[keep]).float(),
-                "targets": torch.from_numpy(frame.targets[keep]).float()}
-
-
-def collate(items):
-    """"x" (B, 3, T, H, W), "targets" (n, 80), and "rois" (n, 5): place in the batch and box."""
-    rois = [F.pad(item["boxes"], (1, 0), value=i) for i, item in enumerate(items)]
-    return {"x": torch.stack([item["x"] for item in items]), "rois": torch.cat(rois),
-            "targets": torch.cat([item["targets"] for item in items]),
-            "unreadable": [entry for item in items for entry in item["unreadable"]]}
+        return {"x": (x.flip(-1) if flip else x)[None].contiguous(), "count": [keep.sum()],
+                "boxes": np.float32(boxes[keep]), "targets": np.float32(frame.targets[keep])}
 
 
 # ---------------------------------------------------------------------------------- boxes and head
@@ -361,9 +345,8 @@ def collate(items):
 def transform_boxes(boxes, picture, scaled, crop, flip=False, per_axis=True):
     """Boxes as fractions of a picture -> pixels of a crop of the scaled picture.
 
-    boxes: (n, 4) float64 x1, y1, x2, y2. picture, scaled: (H, W) before and after scaling.
-    crop: (top, left, h, w). per_axis=False scales by the ratio of the longer sides (release).
-    Returns (n, 4) within the crop. A box outside has no area left.
+    boxes: (n, 4). picture, scaled: (H, W) before and after scaling. crop: (top, left, h, w).
+    per_axis=False scales by the ratio of the longer sides (release).
     """
     (H, W), (h, w), (top, left, crop_h, crop_w) = picture, scaled, crop
     boxes = np.clip(boxes * [W, H, W, H], 0, [W - 1, H - 1, W - 1, H - 1])
@@ -398,8 +381,7 @@ def roi_align(features, rois, scale, bins=7, ratio=0):
 
     features: (B, C, H, W). rois: (n, 5), place in the batch, then x1, y1, x2, y2 in pixels.
     scale: cells per pixel. ratio: samples per part along each axis. 0: as many as the part has
-    cells, and none in an empty box, whose value is 0.
-    Returns (n, C, bins, bins). Gradients flow to the features only.
+    cells, and none in an empty box, whose value is 0. Returns (n, C, bins, bins).
     """
     # The weight of a cell is that of its row times that of its column.
     x1, y1, x2, y2 = (rois[:, 1:] * scale - 0.5).unbind(1)
@@ -438,8 +420,11 @@ class Detector(nn.Module):
             x = roi_align(features.float(), rois, self.scale).amax((2, 3))  # (n, D)
             return self.model.head(F.dropout(x, self.model.dropout, self.training))
 
-    def forward(self, x, rois):
-        return self.classify((self.train_features if self.training else self.feature_map)(x), rois)
+    def forward(self, x, boxes, counts):
+        """(B, 3, T, H, W), (n, 4) in pixels, how many boxes each clip has (B,) -> (n, 80)."""
+        features = (self.train_features if self.training else self.feature_map)(x)
+        places = torch.arange(len(x), device=x.device).repeat_interleave(counts)
+        return self.classify(features, torch.cat([places[:, None], boxes], dim=1))
 
 
 def start_weights(detector, recipe, print0):
@@ -489,7 +474,8 @@ def train(name, recipe, overrides, rank, world, device, print0):
                                 world, device_batch, run.step)
     loader = iter(data.make_loader(
         Clips(frames, media, recipe, "train"), batches,
-        engine.loader_workers(recipe.workers, device), device.type == "cuda", collate))
+        engine.loader_workers(recipe.workers, device), device.type == "cuda",
+        data.collate_repeats))
     if engine.should_compile(recipe.compile, device, print0):
         detector.train_features = torch.compile(detector.feature_map)  # the number of boxes varies
     ddp = engine.wrap_ddp(detector.train())
@@ -497,22 +483,22 @@ def train(name, recipe, overrides, rank, world, device, print0):
     while run.step < run.total_steps:
         lr = run.start_step()
         parts = [run.next_batch(loader) for _ in range(accumulate)]
-        boxes = engine.reduce_mean(sum(len(part["rois"]) for part in parts), device)  # per rank
+        count = engine.reduce_mean(sum(len(part["boxes"]) for part in parts), device)
         step_loss = torch.zeros((), device=device)
         for micro, part in enumerate(parts):
             run.exit_on_signal()
-            x, rois, targets = (part[key].to(device, non_blocking=True)
-                                for key in ("x", "rois", "targets"))
+            x, boxes, counts, targets = (part[key].to(device, non_blocking=True)
+                                         for key in ("x", "boxes", "count", "targets"))
             with engine.sync(ddp, last=micro == accumulate - 1):
                 with autocast():
-                    logits = ddp(data.normalize(x, recipe.mean, recipe.std), rois)    # (n, 80)
-                # The mean over all boxes of the step, as DDP averages over ranks. Without boxes it
-                # is 0 and so are all gradients, but every parameter has one, which DDP needs.
+                    logits = ddp(data.normalize(x, recipe.mean, recipe.std), boxes, counts)
+                # The mean over all boxes of the step, as DDP averages over ranks. Without boxes
+                # all gradients are 0, and every parameter has one, which DDP needs.
                 loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
-                loss = loss / (CLASSES * max(boxes, 1 / world))
+                loss = loss / (CLASSES * max(count, 1 / world))
                 scaler.scale(loss).backward()
             step_loss += loss.detach()
-        run.end_step(step_loss, lr, boxes=round(boxes * world))  # clip, step or skip, log, save
+        run.end_step(step_loss, lr, boxes=round(count * world))  # clip, step or skip, log, save
         every = recipe.val_epochs * steps_per_epoch
         if every and run.step % every == 0 and run.step < run.total_steps:
             run.log(step=run.step, val_mAP=test("center", every=4)["mAP"])
@@ -523,8 +509,7 @@ def train(name, recipe, overrides, rank, world, device, print0):
     stem = run.checkpoint_path.removesuffix(".pt")
     tested = {view: test(view, stem=stem) for view in ("center", "full")}
     if rank == 0:
-        draw_detections(tested["center"], val[1], recipe, stem + ".png")
-    print0(f"wrote {run.checkpoint_path}, {run.log_path}, {stem}.png")
+        draw_detections(tested["center"]["rows"], val[1], recipe, stem + ".png")
     for view in sorted(tested.keys() & untrained):
         print0(f"{view} view: mAP@0.5 {100 * tested[view]['mAP']:.2f}, of the untrained head "
                f"{100 * untrained[view]:.2f}")
@@ -536,14 +521,14 @@ def match_boxes(truth, found):
     """Which of the found boxes of a class hit a true one: (n,) bool.
 
     A found box is compared only with the true box of its key that it overlaps most. It misses if
-    their IoU is less than 0.5, or if an earlier one has hit that box.
+    the IoU is less than 0.5, or if an earlier one has hit that box.
     """
     places, hit, used = {}, np.zeros(len(found), bool), set()
     for place, key in enumerate(truth["key"]):
         places.setdefault(key, []).append(place)
     for i, (key, box) in enumerate(zip(found["key"], found["box"])):
         if key in places:
-            boxes = truth["box"][places[key]]                                     # (m, 4)
+            boxes = truth["box"][places[key]]  # (m, 4)
             low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
             both = np.prod(np.maximum(high - low, 0), axis=1)
             areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) + np.prod(box[2:] - box[:2])
@@ -558,9 +543,9 @@ def match_boxes(truth, found):
 def average_precisions(truth, found, classes, excluded=(), match="file"):
     """{class: average precision}, NaN for a class without true boxes. Their nanmean is the mAP.
 
-    truth, found: arrays of ROW. Found boxes without area do not count. excluded: keys to leave out.
-    match: found boxes take their turn as in the "file" (official), or by "score", best first.
-    Among equal scores the last counts first (the official order depends on the CPU).
+    truth, found: arrays of ROW. excluded: keys to leave out. match: found boxes take their turn as
+    in the "file" (official), or by "score", best first. Those without area do not count. Among
+    equal scores the last counts first (the official order depends on the CPU).
     """
     truth, found = (rows[[key not in excluded for key in rows["key"]]] for rows in (truth, found))
     found = found[(found["box"][:, :2] < found["box"][:, 2:]).all(axis=1)]
@@ -574,17 +559,15 @@ def average_precisions(truth, found, classes, excluded=(), match="file"):
         precision = np.concatenate([hits / np.arange(1, len(hits) + 1), [0.0]])
         envelope = np.maximum.accumulate(precision[::-1])[::-1]
         recall = np.concatenate([[0.0], hits / max(len(true), 1), [1.0]])
-        area = float(np.sum(np.diff(recall) * envelope))
-        precisions[label] = area if len(true) else float("nan")
+        precisions[label] = float(np.sum(np.diff(recall) * envelope)) if len(true) else math.nan
     return precisions
 
 
 @torch.no_grad()
 def detect(detector, frames, media, recipe, view):
-    """Scores of every box. Each rank does its share of the key frames.
+    """(scores, (name, reason) of unreadable clips), on all ranks: (n, 80) arrays in a list.
 
-    Returns, on all ranks: a list of (n, 80) float32 arrays, (0, 80) of an unreadable clip, and the
-    (name, reason) of these. The batches do not depend on the number of ranks.
+    Each rank does its share of the batches, which do not depend on the number of ranks.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(detector.parameters()).device
@@ -593,15 +576,15 @@ def detect(detector, frames, media, recipe, view):
     batches = [range(len(frames))[i:i + size] for i in range(0, len(frames), size)][rank::world]
     loader = data.make_loader(
         Clips(frames, media, recipe, view), batches,
-        engine.loader_workers(recipe.workers, device), device.type == "cuda", collate)
+        engine.loader_workers(recipe.workers, device), device.type == "cuda",
+        data.collate_repeats)
     scores, unreadable = [], []
     for batch, indices in zip(tqdm(loader, desc=f"{view} view", disable=rank > 0, leave=False),
                               batches):
         x = data.normalize(batch["x"].to(device), recipe.mean, recipe.std)
         with autocast():
-            logits = detector(x, batch["rois"].to(device))
-        counts = batch["rois"][:, 0].long().bincount(minlength=len(indices)).tolist()
-        parts = logits.sigmoid().cpu().split(counts)
+            logits = detector(x, batch["boxes"].to(device), batch["count"].to(device))
+        parts = logits.sigmoid().cpu().split(batch["count"].tolist())
         scores += [(index, part.numpy()) for index, part in zip(indices, parts)]
         unreadable += batch["unreadable"]
     scores = dict(engine.gather_list(scores))
@@ -612,54 +595,53 @@ def run_test(detector, recipe, frames, media, print0, view, every=1, stem=""):
     """Detect, evaluate and print. With a stem, rank 0 writes STEM_<view>.csv and .json.
 
     every: only seconds that it divides (release: 4 for validation during training).
-    Returns the content of the json, "frames" and "scores", the same on all ranks.
+    Returns the content of the json, and "rows", [(frame, box, its 80 scores)].
     """
     names, truth, excluded = read_truth(recipe.data)
     truth = truth[[int(key[-4:]) % every == 0 for key in truth["key"]]]
     frames = [frame for frame in frames if frame.second % every == 0]
     scores, unreadable = detect(detector.eval(), frames, media, recipe, view)
-    found = np.array([(key_of(*frame[:2]), tuple(box), label, row[label - 1])
-                      for frame, rows in zip(frames, scores) for box, row in zip(frame.boxes, rows)
-                      for label in names], ROW)
+    rows = [(frame, box, row) for frame, boxes in zip(frames, scores)
+            for box, row in zip(frame.boxes, boxes)]
+    found = np.zeros((len(rows), len(names)), ROW)
+    for part, (frame, box, row) in zip(found, rows):
+        part["key"], part["box"], part["label"] = key_of(*frame[:2]), box, list(names)
+        part["score"] = row[[label - 1 for label in names]]
+    found = found.ravel()
     precisions = average_precisions(truth, found, names, excluded, recipe.match)
     known = {label: value for label, value in precisions.items() if not math.isnan(value)}
     results = {"view": view, "match": recipe.match,
                "mAP": sum(known.values()) / max(len(known), 1),
                "per_class": {name: known.get(label) for label, name in names.items()},
-               "key_frames": len(frames), "boxes": sum(map(len, scores)), "unreadable": unreadable}
-    print0(f"{view} view, {results['boxes']} boxes in {len(frames)} key frames, matched by "
-           f"{recipe.match}, {len(unreadable)} clips unreadable: "
-           f"mAP@0.5 {100 * results['mAP']:.2f}")
+               "key_frames": len(frames), "boxes": len(rows), "unreadable": unreadable}
+    print0(f"{view} view, {len(rows)} boxes in {len(frames)} key frames, matched by "
+           f"{recipe.match}, {len(unreadable)} unreadable: mAP@0.5 {100 * results['mAP']:.2f}")
     if stem and (not dist.is_initialized() or dist.get_rank() == 0):
         with open(f"{stem}_{view}.csv", "w") as f:
             for key, box, label, score in found:  # nine digits tell any float32
                 f.write(f"{key},{','.join(map(str, box))},{label},{score:.9g}\n")
         with open(f"{stem}_{view}.json", "w") as f:
             json.dump(results, f, indent=1)
-    return {**results, "frames": frames, "scores": scores}
+    return {**results, "rows": rows}
 
 
-def draw_detections(results, media, recipe, path, count=4, height=240, width=320):
-    """Write a picture of `count` of the tested key frames.
+def draw_detections(rows, media, recipe, path):
+    """Write a picture of one key frame of a test, whose rows come from run_test.
 
     White: true boxes. Orange: the classified boxes, with the action of the best score.
     """
     names, truth, _ = read_truth(recipe.data)
-    read = [(f, rows) for f, rows in zip(results["frames"], results["scores"]) if len(rows)]
-    pictures, size, one = [], np.tile([width, height], 2), replace(recipe, num_frames=1)
-    for frame, rows in read[::max(len(read) // count, 1)][:count]:
-        clip, _ = read_clip(one, media[frame.movie], frame, (height, width))
-        picture = Image.fromarray(clip[0].permute(1, 2, 0).numpy()).resize((width, height))
-        pen = ImageDraw.Draw(picture)
-        for box in truth["box"][truth["key"] == key_of(*frame[:2])]:
-            pen.rectangle((box * size).tolist(), outline="white")
-        for box, row in zip((frame.boxes * size).tolist(), rows):
-            best = max(names, key=lambda label: row[label - 1])
-            pen.rectangle(box, outline="orange", width=2)
-            pen.text(box[:2], f" {names[best]} {100 * row[best - 1]:.0f}%", "orange",
-                     stroke_width=2, stroke_fill="black")
-        pictures.append(np.asarray(picture))
-    Image.fromarray(np.concatenate(pictures)).save(path)
+    shown = rows[len(rows) // 2][0]
+    clip, _ = read_clip(replace(recipe, num_frames=1), media[shown.movie], shown, (480, 480))
+    picture = Image.fromarray(clip[0].permute(1, 2, 0).numpy())
+    pen, size = ImageDraw.Draw(picture), np.array(picture.size * 2)
+    for box in truth["box"][truth["key"] == key_of(*shown[:2])]:
+        pen.rectangle((box * size).tolist(), outline="white")
+    for box, row in [(box * size, row) for frame, box, row in rows if frame is shown]:
+        best = max(names, key=lambda label: row[label - 1])
+        pen.rectangle(box.tolist(), outline="orange", width=2)
+        pen.text(box[:2].tolist(), f" {names[best]} {100 * row[best - 1]:.0f}%", "orange")
+    picture.save(path)
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -671,8 +653,8 @@ def dry_run(recipe):
         model = Detector(recipe).model
         _, grid = model.encode(*model.embed(torch.empty(shape)))
     cost = count_flops(model, shape)
-    print(f"{recipe.model}, expand={recipe.expand}: {cost['parameters']:,} parameters, "
-          f"{cost['flops'] / 1e9:.2f} GFLOPs per clip, output grid {'x'.join(map(str, grid))}")
+    print(f"{cost['parameters']:,} parameters, {cost['flops'] / 1e9:.2f} GFLOPs per clip, "
+          f"output grid {'x'.join(map(str, grid))}")
 
 
 def load_for_test(recipe, overrides):
@@ -703,9 +685,8 @@ def main():
     frames, media = find_key_frames(recipe, "val", print0)
     results = run_test(detector.to(device), recipe, frames, media, print0, recipe.view,
                        stem=os.path.splitext(recipe.eval)[0])
-    if recipe.draw and rank == 0:
-        draw_detections(results, media, recipe, recipe.draw)
-        print0(f"wrote {recipe.draw}")
+    if recipe.draw and rank == 0 and results["rows"]:
+        draw_detections(results["rows"], media, recipe, recipe.draw)
 
 
 if __name__ == "__main__":
