@@ -1,15 +1,15 @@
 """Action detection on AVA v2.2 (Sec. 4.2, Table 4): which of 80 actions each person is doing.
 
-    torchrun ava.py                                               # recipe `tiny`, made-up movies
+    torchrun ava.py                             # recipe `tiny`, made-up movies
     torchrun --nproc_per_node=8 ava.py --data ava/ --model mvitv2_l --init out/finetune/last.pt
-    torchrun --nproc_per_node=8 ava.py --data ava/ --eval out/ava/last.pt --view full --draw a.png
-    python ava.py --model mvitv2_l --expand attn --dry-run
+    python ava.py --data ava/ --eval out/ava/last.pt --view full --draw a.png
+    python ava.py --model mvitv2_l --dry-run
 
-The boxes of persons come from a separate detector. The model encodes the clip around a key frame.
+A separate detector has found the persons. The model encodes the clip around a key frame.
 RoIAlign cuts each box out of the features, and a linear layer gives one logit per action.
 
-docs/ava.md lists the files in --data DIR, and the differences from the release: SlowFast's loader
-of AVA, MViT's detection head, ActivityNet's evaluator. Writes OUT/last.pt, log.jsonl, last.png,
+docs/ava.md lists the files in --data DIR, and the differences from the release (SlowFast's loader,
+MViT's head, ActivityNet's evaluator). Writes OUT/last.pt, log.jsonl, last.png, and
 last_{center,full}.csv and .json. Flags without a text are those of finetune.py.
 """
 import hashlib
@@ -27,7 +27,6 @@ from engine import option
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -41,9 +40,9 @@ from models import build_classifier
 from tools import synthetic
 from tools.flops import count_flops
 
-CLASSES = 80                 # numbered from 1 in the tables
-FIRST, LAST = 902, 1798      # seconds that have boxes
-FRAMES_START, FPS = 900, 30  # second of the first frame in DIR/frames, frames per second
+CLASSES = 80  # numbered from 1 in the tables
+FIRST, LAST = 902, 1798  # seconds that have boxes
+FRAMES_START, FPS = 900, 30  # of DIR/frames, in seconds and per second
 STARTS = ("out/finetune/last.pt", "out/pretrain/last.pt")
 
 
@@ -86,10 +85,9 @@ class Recipe:
     beta2: float = 0.999
     clip_grad: float = 5.0
     seed: int = 0
-    # testing and the run: from here on all may change with --resume
-    view: str = option("center", "center crop, or the full picture", ("center", "full"))
-    match: str = option("file", "match boxes in file order (official), or best score first",
-                        ("file", "score"))
+    # testing and the run: all may change with --resume
+    view: str = option("center", choices=("center", "full"))
+    match: str = option("file", "order of matching; file: official", ("file", "score"))
     val_epochs: int = option(5, "epochs between tests on every fourth second; 0: never")
     baseline: bool = option(False, "also test the untrained head")
     eval: str = option("", "checkpoint to test, without training")
@@ -120,11 +118,10 @@ RECIPES = {
         AVA, model="mvitv2_s", image_size=(224, 224), num_frames=16, sampling_rate=4,
         jitter=(256, 320), device_batch=8, checkpointing=False),
 }
-# What may change when a run is resumed, and what a test takes from its checkpoint.
+# What may change with --resume, and what a test takes from its checkpoint.
 FIELDS = list(Recipe.__dataclass_fields__)
 RUN_FIELDS = {"init", *FIELDS[FIELDS.index("view"):]}
-MODEL_FIELDS = ("model", "image_size", "num_frames", "sampling_rate", "expand", "mean", "std",
-                "box_score", "box_per_axis", "data", "movie_start")
+TEST_FIELDS = set(FIELDS) - RUN_FIELDS | {"data", "movie_start"}
 
 
 def check(recipe):
@@ -163,18 +160,18 @@ def locate(folder, table, split="val"):
         for path in (os.path.join(folder, place, name) for name in names):
             if os.path.isfile(path):
                 return path
-    raise FileNotFoundError(f"{folder} and its annotations/ have no {' or '.join(names)}")
+    raise FileNotFoundError(f"{folder}/annotations lacks {' or '.join(names)}")
 
 
 def read_boxes(path, scored=False):
-    """All rows of a table as an array of ROW, usable or not: the official evaluator counts them.
+    """All rows of a table, whose last column is a score or a person, as an array of ROW.
 
-    The last column is a score, or a person of a true box. Raises ValueError for another line.
+    Raises ValueError for another line.
     """
     rows = []
     with open(path) as f:
         for number, line in enumerate(f, 1):
-            row = [value.strip() for value in line.split(",")]
+            row = line.split(",")
             try:
                 x1, y1, x2, y2 = map(float, row[2:6])
                 rows.append((key_of(*row[:2]), (x1, y1, x2, y2), int(row[6] or -1),
@@ -207,7 +204,7 @@ class KeyFrame(NamedTuple):
 
 
 def find_media(folder, split):
-    """{movie: path}, or {movie: paths of its frames in order} if there is a frame list."""
+    """{movie: path}, or {movie: sorted paths of its frames} if there is a frame list."""
     frame_list, media = os.path.join(folder, "frame_lists", f"{split}.csv"), {}
     if not os.path.isfile(frame_list):
         for root, _, names in os.walk(os.path.join(folder, "videos"), followlinks=True):
@@ -223,11 +220,10 @@ def find_media(folder, split):
 
 
 def find_key_frames(recipe, split, print0):
-    """(the key frames of a split that have boxes, {movie: its media}).
+    """(the key frames of a split, {movie: its media}).
 
-    Predicted boxes count from recipe.box_score up. Only training takes true ones. A box without
-    class is a person with no action. A row is left out if its movie is missing, its box inverted,
-    or its second or class out of range.
+    Only training takes true boxes. A box without class is a person with no action. A row is left
+    out if its movie is missing, its box inverted, or its second or class out of range.
     """
     media, frames, left_out = find_media(recipe.data, split), {}, []
     kinds = ["truth"] * (split == "train") + ["predicted"] * (split == "val" or recipe.predicted)
@@ -252,7 +248,7 @@ def find_key_frames(recipe, split, print0):
 
 
 def fingerprint_of(frames):
-    """A hex digest, by which a resumed run knows its data."""
+    """A digest, by which a resumed run knows its data."""
     rows = [f"{f.movie},{f.second}".encode() + f.boxes.tobytes() + f.targets.tobytes()
             for f in frames]
     return hashlib.sha256(b"".join(rows)).hexdigest()[:16]
@@ -317,6 +313,11 @@ class Clips(torch.utils.data.Dataset):
                     "targets": torch.zeros(0, CLASSES), "count": [0],
                     "unreadable": [(error.path, error.reason)]}
 
+    def loader(self, batches, device):
+        """A loader of lists of keys."""
+        workers = engine.loader_workers(self.recipe.workers, device)
+        return data.make_loader(self, batches, workers, device.type == "cuda", data.collate_repeats)
+
     def sample(self, frame, rng=None):
         r, (H, W) = self.recipe, self.recipe.image_size
         min_size = (H, W) if self.view == "center" else (min(H, W),) * 2
@@ -332,7 +333,7 @@ class Clips(torch.utils.data.Dataset):
             flip = rng.random() < r.flip
         x = x[:, :, top:top + H, left:left + W].transpose(0, 1)              # (3, T, H, W)
         boxes = transform_boxes(frame.boxes, picture, (h, w), (top, left, H, W), flip,
-                                r.box_per_axis)                              # (n, 4)
+                                r.box_per_axis)
         keep = np.ones(len(boxes), bool)
         if self.view == "train" and r.drop_empty:
             keep = (boxes[:, :2] < boxes[:, 2:]).all(axis=1)
@@ -362,18 +363,17 @@ def roi_weights(start, size, length, bins, ratio):
 
     start, size: (n,) in cells. ratio: see roi_align. Returns (n, bins, length).
     """
-    part = size / bins
-    count = torch.full_like(size, ratio) if ratio else part.ceil().clamp(min=0)  # (n,) samples
+    start, part = start[:, None, None], size[:, None, None] / bins               # (n, 1, 1)
+    count = torch.full_like(part, ratio) if ratio else part.ceil().clamp(min=0)  # samples
     k = torch.arange(max(int(count.max()), 1) if len(count) else 1, device=size.device)
-    step = (part / count.clamp(min=1))[:, None, None]
-    place = torch.arange(bins, device=size.device)[:, None] * part[:, None, None]
-    place = start[:, None, None] + (place + (k + 0.5) * step)                # (n, bins, K)
+    place = torch.arange(bins, device=size.device)[:, None] * part               # (n, bins, 1)
+    place = start + (place + (k + 0.5) * (part / count.clamp(min=1)))            # (n, bins, K)
     # A sample more than a cell outside counts in the mean as 0.
-    counted = (k < count[:, None, None]) & (place >= -1) & (place <= length)
+    counted = (k < count) & (place >= -1) & (place <= length)
     cells = torch.arange(length, device=size.device)
-    distance = (place.clamp(0, length - 1)[..., None] - cells).abs()         # (.., K, length)
-    weight = (1 - distance).clamp(min=0) * counted[..., None]                # linear
-    return weight.sum(dim=2) / count.clamp(min=1)[:, None, None]
+    distance = (place.clamp(0, length - 1)[..., None] - cells).abs()             # (.., K, length)
+    weight = (1 - distance).clamp(min=0) * counted[..., None]                    # linear
+    return weight.sum(dim=2) / count.clamp(min=1)
 
 
 def roi_align(features, rois, scale, bins=7, ratio=0):
@@ -395,18 +395,18 @@ def roi_align(features, rois, scale, bins=7, ratio=0):
 
 
 def model_recipe(recipe):
-    """The recipe as a dict, complete for build_classifier. Checkpoints hold it."""
+    """The recipe as a dict, for build_classifier and in checkpoints."""
     return {**asdict(recipe), "num_classes": CLASSES, "pool": "mean"}
 
 
-class Detector(nn.Module):
-    """An MViT classifier applied to boxes: clips and rois -> one row of logits per roi."""
+class Detector(torch.nn.Module):
+    """An MViT classifier, applied to boxes (release)."""
 
     def __init__(self, recipe):
         super().__init__()
         self.model = build_classifier(model_recipe(recipe))
         self.scale = 1 / self.model.patch_stride[-1]
-        self.train_features = self.feature_map  # may be compiled: only tests vary in size
+        self.train_features = self.feature_map  # train() compiles it: only tests vary in size
 
     def feature_map(self, x):
         """(B, 3, T, H, W) -> (B, D, h, w): normed patch tokens, mean over time."""
@@ -421,14 +421,14 @@ class Detector(nn.Module):
             return self.model.head(F.dropout(x, self.model.dropout, self.training))
 
     def forward(self, x, boxes, counts):
-        """(B, 3, T, H, W), (n, 4) in pixels, how many boxes each clip has (B,) -> (n, 80)."""
+        """(B, 3, T, H, W), (n, 4) in pixels, boxes per clip (B,) -> logits (n, 80)."""
         features = (self.train_features if self.training else self.feature_map)(x)
         places = torch.arange(len(x), device=x.device).repeat_interleave(counts)
         return self.classify(features, torch.cat([places[:, None], boxes], dim=1))
 
 
 def start_weights(detector, recipe, print0):
-    """Load --init, a checkpoint of the same model. Make the weights of a new head small."""
+    """Load --init, and make the weights of a new head small."""
     path, new = recipe.init, ["head"]
     if path == "auto":
         path = next(filter(os.path.isfile, STARTS), STARTS[0])
@@ -444,10 +444,10 @@ def start_weights(detector, recipe, print0):
 # ------------------------------------------------------------------------------------------ train
 
 def train(name, recipe, overrides, rank, world, device, print0):
-    """Train, with a test every few epochs and at the end."""
+    """Train, and test every few epochs and at the end."""
     frames, media = find_key_frames(recipe, "train", print0)
     val = find_key_frames(recipe, "val", print0)
-    read_truth(recipe.data)  # what a test needs fails now, not then
+    read_truth(recipe.data)  # what a test needs fails now
     recipe, device_batch, accumulate = engine.plan_batch(
         recipe, len(frames), world, "batch_size" in overrides, print0)
     steps_per_epoch = len(frames) // recipe.batch_size
@@ -472,12 +472,9 @@ def train(name, recipe, overrides, rank, world, device, print0):
         extra={"untrained": untrained, "recipe": model_recipe(recipe)})
     batches = data.EpochBatches(len(frames), recipe.batch_size, recipe.epochs, recipe.seed, rank,
                                 world, device_batch, run.step)
-    loader = iter(data.make_loader(
-        Clips(frames, media, recipe, "train"), batches,
-        engine.loader_workers(recipe.workers, device), device.type == "cuda",
-        data.collate_repeats))
+    loader = iter(Clips(frames, media, recipe, "train").loader(batches, device))
     if engine.should_compile(recipe.compile, device, print0):
-        detector.train_features = torch.compile(detector.feature_map)  # the number of boxes varies
+        detector.train_features = torch.compile(detector.feature_map)
     ddp = engine.wrap_ddp(detector.train())
 
     while run.step < run.total_steps:
@@ -518,10 +515,10 @@ def train(name, recipe, overrides, rank, world, device, print0):
 # ------------------------------------------------------------------------------------------- test
 
 def match_boxes(truth, found):
-    """Which of the found boxes of a class hit a true one: (n,) bool.
+    """Which found boxes of a class hit a true one: (n,) bool.
 
     A found box is compared only with the true box of its key that it overlaps most. It misses if
-    the IoU is less than 0.5, or if an earlier one has hit that box.
+    their IoU is below 0.5, or if an earlier one has hit that box.
     """
     places, hit, used = {}, np.zeros(len(found), bool), set()
     for place, key in enumerate(truth["key"]):
@@ -574,10 +571,7 @@ def detect(detector, frames, media, recipe, view):
     _, autocast, _ = engine.mixed_precision(recipe.amp, device)
     size = 1 if view == "full" else recipe.device_batch  # full pictures differ in shape
     batches = [range(len(frames))[i:i + size] for i in range(0, len(frames), size)][rank::world]
-    loader = data.make_loader(
-        Clips(frames, media, recipe, view), batches,
-        engine.loader_workers(recipe.workers, device), device.type == "cuda",
-        data.collate_repeats)
+    loader = Clips(frames, media, recipe, view).loader(batches, device)
     scores, unreadable = [], []
     for batch, indices in zip(tqdm(loader, desc=f"{view} view", disable=rank > 0, leave=False),
                               batches):
@@ -594,8 +588,8 @@ def detect(detector, frames, media, recipe, view):
 def run_test(detector, recipe, frames, media, print0, view, every=1, stem=""):
     """Detect, evaluate and print. With a stem, rank 0 writes STEM_<view>.csv and .json.
 
-    every: only seconds that it divides (release: 4 for validation during training).
-    Returns the content of the json, and "rows", [(frame, box, its 80 scores)].
+    every: only seconds that it divides (release: 4 during training).
+    Returns what the json holds, and "rows", [(frame, box, its 80 scores)].
     """
     names, truth, excluded = read_truth(recipe.data)
     truth = truth[[int(key[-4:]) % every == 0 for key in truth["key"]]]
@@ -614,8 +608,8 @@ def run_test(detector, recipe, frames, media, print0, view, every=1, stem=""):
                "mAP": sum(known.values()) / max(len(known), 1),
                "per_class": {name: known.get(label) for label, name in names.items()},
                "key_frames": len(frames), "boxes": len(rows), "unreadable": unreadable}
-    print0(f"{view} view, {len(rows)} boxes in {len(frames)} key frames, matched by "
-           f"{recipe.match}, {len(unreadable)} unreadable: mAP@0.5 {100 * results['mAP']:.2f}")
+    print0(f"{view} view, {len(rows)} boxes in {len(frames)} key frames, {len(unreadable)} "
+           f"unreadable: mAP@0.5 {100 * results['mAP']:.2f}")
     if stem and (not dist.is_initialized() or dist.get_rank() == 0):
         with open(f"{stem}_{view}.csv", "w") as f:
             for key, box, label, score in found:  # nine digits tell any float32
@@ -626,10 +620,7 @@ def run_test(detector, recipe, frames, media, print0, view, every=1, stem=""):
 
 
 def draw_detections(rows, media, recipe, path):
-    """Write a picture of one key frame of a test, whose rows come from run_test.
-
-    White: true boxes. Orange: the classified boxes, with the action of the best score.
-    """
+    """Write a picture of a key frame of run_test's rows. White: true boxes. Orange: scored ones."""
     names, truth, _ = read_truth(recipe.data)
     shown = rows[len(rows) // 2][0]
     clip, _ = read_clip(replace(recipe, num_frames=1), media[shown.movie], shown, (480, 480))
@@ -643,8 +634,6 @@ def draw_detections(rows, media, recipe, path):
         pen.text(box[:2].tolist(), f" {names[best]} {100 * row[best - 1]:.0f}%", "orange")
     picture.save(path)
 
-
-# ------------------------------------------------------------------------------------------- main
 
 def dry_run(recipe):
     """Print parameters, FLOPs and output grid."""
@@ -660,7 +649,7 @@ def dry_run(recipe):
 def load_for_test(recipe, overrides):
     """(recipe, detector) of the checkpoint recipe.eval. Flags that were given come first."""
     stored = foreign_recipe(engine.read_checkpoint(recipe.eval))
-    recipe = replace(recipe, **{key: stored[key] for key in MODEL_FIELDS
+    recipe = replace(recipe, **{key: stored[key] for key in TEST_FIELDS
                                 if key in stored and key not in overrides})
     detector = Detector(replace(recipe, drop_path=0.0, dropout=0.0))
     if fresh := load_weights(detector.model, recipe.eval, verbose=False)["fresh"]:
