@@ -1,6 +1,4 @@
 """ava.py: RoIAlign, boxes, head and mAP against golden figures, the data, and the script."""
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -8,7 +6,6 @@ import signal
 import subprocess
 import sys
 
-import engine
 from engine import read_checkpoint
 
 import numpy as np
@@ -18,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, ROOT, golden_input
 from PIL import Image
-from runs import assert_same_weights, log_of
+from runs import assert_same_weights, log_of, run_well
 
 import ava
 import video
@@ -35,8 +32,7 @@ def test_roi_align_golden(golden, scale, ratio):
     assert features.double().sum().item() == pytest.approx(float(z["feat_sum"]), abs=1e-4)
     out = ava.roi_align(features, torch.from_numpy(z["rois"]), 1 / scale, ratio=ratio).numpy()
     np.testing.assert_allclose(out, z[f"out_s{scale}_sr{ratio}"], rtol=0, atol=5e-6)
-    if ratio == 0:                                            # empty and inverted boxes: exactly 0
-        assert not out[[3, 4, 5, 15]].any()
+    assert ratio or not out[[3, 4, 5, 15]].any()              # empty and inverted boxes: exactly 0
 
 
 @pytest.mark.parametrize("ratio", [0, 2])
@@ -86,21 +82,8 @@ def test_transform_boxes_golden():
         found = ava.transform_boxes(boxes, (H, W), (h, w), crop, flip, per_axis=False)
         # the release scales by w / W in tests, by w and 1 / W in training: the last bit differs
         np.testing.assert_allclose(found, np.array(case["boxes"]), rtol=0, atol=2e-13)
-
-
-def test_transform_boxes_per_axis_and_flip():
-    """A box keeps its share of the picture. Flipped twice it is itself. Outside it has no area."""
-    boxes = np.array([[0.1, 0.2, 0.5, 0.6], [0.0, 0.3, 0.2, 0.9], [0.9, 0.9, 0.95, 0.95]])
-    found = ava.transform_boxes(boxes, (100, 200), (50, 77), (0, 0, 50, 77))
-    np.testing.assert_allclose(found, boxes * [77, 50, 77, 50], rtol=1e-12)
-    once, plain = (ava.transform_boxes(boxes, (100, 200), (100, 200), (10, 20, 60, 100), flip=flip)
-                   for flip in (True, False))
-    np.testing.assert_allclose(99 - once[:, [2, 0]], plain[:, [0, 2]], atol=1e-12)
-    assert np.prod(plain[:, 2:] - plain[:, :2], axis=1)[2] == 0
-    assert (plain[:2, 2:] > plain[:2, :2]).all()
-
-
-MAP = GOLDEN / "ava_map"
+    found = ava.transform_boxes(boxes.clip(0, 0.9), (100, 200), (50, 77), (0, 0, 50, 77))
+    np.testing.assert_allclose(found, boxes.clip(0, 0.9) * [77, 50, 77, 50], rtol=1e-12)
 
 
 @pytest.mark.parametrize("result, name, excluded, match", [
@@ -111,17 +94,18 @@ MAP = GOLDEN / "ava_map"
     ("", "detections", True, "score"), ("", "detections_shuffled", True, "score")])
 def test_mean_average_precision_golden(tmp_path, result, name, excluded, match):
     """Best score first, the order of the file does not matter. Figure: golden data's README."""
+    golden = GOLDEN / "ava_map"
     for table, file in (("actions", "label_map.pbtxt"), ("truth", "groundtruth.csv"),
                         ("excluded", "excluded_timestamps.csv")):
-        shutil.copy(MAP / file, tmp_path / ava.TABLES[table][0].format("val"))
+        shutil.copy(golden / file, tmp_path / ava.TABLES[table][0].format("val"))
     names, truth, keys = ava.read_truth(tmp_path)
-    found = ava.read_boxes(MAP / f"{name}.csv", scored=True)
+    found = ava.read_boxes(golden / f"{name}.csv", scored=True)
     precisions = ava.average_precisions(truth, found, names, keys if excluded else (), match)
     mean = np.nanmean(list(precisions.values()))
     if match == "score":
         assert mean == pytest.approx(0.305928, abs=5e-7)
         return
-    expected = json.load(open(MAP / "expected.json"))["results"][result]
+    expected = json.load(open(golden / "expected.json"))["results"][result]
     assert [names[label] for label in precisions] == list(expected["AP"])
     np.testing.assert_allclose(list(precisions.values()), np.array(
         list(expected["AP"].values()), float), rtol=0, atol=1e-12)
@@ -170,21 +154,19 @@ TINY = ava.replace(ava.AVA, model="mvit_tiny", image_size=(32, 32), num_frames=4
                    jitter=(32, 40), workers=0, checkpointing=False, drop_path=0.0)
 
 
-@pytest.mark.parametrize("count", [0, 1, 700])
-def test_any_number_of_boxes(count):
+@pytest.mark.parametrize("count, width", [(0, 32), (1, 32), (700, 56)])
+def test_any_number_of_boxes(count, width):
     """Every parameter gets a finite gradient, zero without boxes. Maps need no fixed size."""
     torch.manual_seed(0)
     detector = ava.Detector(TINY).train()
     boxes = torch.rand(count, 4) * 30 + torch.tensor([0, 0, 10.0, 10])
-    for shape in ((2, 3, 4, 32, 32), (2, 3, 4, 32, 56)):
-        detector.zero_grad()
-        logits = detector(torch.randn(shape), boxes, torch.tensor([count // 3, count - count // 3]))
-        assert logits.shape == (count, 80)
-        F.binary_cross_entropy_with_logits(
-            logits, torch.zeros_like(logits), reduction="sum").backward()
-        grads = [p.grad for p in detector.parameters()]
-        assert all(grad is not None and torch.isfinite(grad).all() for grad in grads)
-        assert all((grad != 0).any() for grad in grads[-2:]) == (count > 0)
+    counts = torch.tensor([count // 3, count - count // 3])
+    logits = detector(torch.randn(2, 3, 4, 32, width), boxes, counts)
+    assert logits.shape == (count, 80)
+    logits.square().sum().backward()
+    grads = [p.grad for p in detector.parameters()]
+    assert all(grad is not None and torch.isfinite(grad).all() for grad in grads)
+    assert all((grad != 0).any() for grad in grads[-2:]) == (count > 0)
 
 
 @pytest.mark.parametrize("classes", [12, 80])
@@ -279,9 +261,9 @@ def test_boxes_follow_the_pixels(tmp_path):
 def test_views(tmp_path):
     """The center view is a part of the full one. An unreadable clip of a test has no box."""
     picture = np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8)
-    clips = still(tmp_path, picture, [[0.1, 0.2, 0.5, 0.6], [0.0, 0.3, 0.9, 0.9]], jitter=(160, 160))
-    full, center = (clips("full", image_size=(120, 160))[0],
-                    clips("center", image_size=(120, 120))[0])
+    clips = still(tmp_path, picture, [[0.1, 0.2, 0.5, 0.6], [0.0, 0.3, 0.9, 0.9]])
+    full = clips("full", image_size=(120, 160))[0]
+    center = clips("center", image_size=(120, 120))[0]
     assert full["x"].shape == (1, 3, 4, 120, 160)
     assert torch.equal(center["x"], full["x"][..., 20:140])
     shifted = full["boxes"] - np.float32([20, 0, 20, 0])
@@ -292,40 +274,37 @@ def test_views(tmp_path):
     assert item["x"].shape == (1, 3, 4, 32, 32)
 
 
-@pytest.mark.parametrize("frames, rate", [(8, 4), (40, 3), (16, 4)])
-def test_frames_around_the_key_frame(tmp_path, frames, rate):
-    """On disk. Frame i is gray of 37i % 256. Beyond the movie, its last one is repeated."""
-    (tmp_path / "frames" / "movie").mkdir(parents=True)
-    (tmp_path / "frame_lists").mkdir()
-    names = [f"movie/movie_{i:06d}.png" for i in range(1, 101)]
-    for i, name in enumerate(names):
-        Image.new("RGB", (64, 48), (37 * i % 256,) * 3).save(tmp_path / "frames" / name)
-    lines = [f'movie 0 0 {name} ""\n' for name in reversed(names)]
-    (tmp_path / "frame_lists" / "train.csv").write_text("".join(["header\n", *lines]))
-    recipe = ava.replace(TINY, data=str(tmp_path), num_frames=frames, sampling_rate=rate)
-    media = ava.find_media(str(tmp_path), "train")["movie"]
-    x, size = ava.read_clip(recipe, media, ava.KeyFrame("movie", 902, None, None), (24, 32))
-    assert x.shape == (frames, 3, 24, 32) and size == (48, 64)
-    places = np.clip(np.arange(60 - frames * rate // 2, 60 + frames * rate // 2, rate), 0, 99)
-    assert x[:, 0, 0, 0].tolist() == (37 * places % 256).tolist()
-    with pytest.raises(video.UnreadableFile, match="second 904"):
-        ava.read_clip(recipe, media, ava.KeyFrame("movie", 904, None, None), (24, 32))
-
-
-def test_movie_around_the_key_frame(tmp_path):
-    """The same of a movie from second 900 on. A process of its own encodes it: others fork."""
+@pytest.fixture(scope="session")
+def gray(tmp_path_factory):
+    """A folder with a movie from second 900 on, and its frames. Frame i is gray of 37i % 256."""
+    folder = tmp_path_factory.mktemp("gray")
     code = ("import sys, numpy as np; from tools import synthetic\n"
-            "gray = (37 * np.arange(110) % 256).astype(np.uint8)[:, None, None, None]\n"
-            "synthetic.write_video(sys.argv[1], np.broadcast_to(gray, (110, 48, 64, 3)))")
-    path = str(tmp_path / "movie.mp4")
-    subprocess.run([sys.executable, "-c", code, path], check=True, cwd=ROOT)
-    recipe = ava.replace(TINY, num_frames=8, sampling_rate=4, movie_start=900.0)
-    x, size = ava.read_clip(recipe, path, ava.KeyFrame("movie", 902, None, None), (24, 32))
-    assert x.shape == (8, 3, 24, 32) and size == (48, 64)
-    gray = 37 * np.arange(60 - 16, 60 + 16, 4) % 256
-    np.testing.assert_allclose(x.float().mean((1, 2, 3)), gray, rtol=0, atol=4)  # coding has losses
-    with pytest.raises(video.UnreadableFile, match="second 904.*wanted"):
-        ava.read_clip(recipe, path, ava.KeyFrame("movie", 904, None, None), (24, 32))
+            "gray = (37 * np.arange(130) % 256).astype(np.uint8)[:, None, None, None]\n"
+            "synthetic.write_video(sys.argv[1], np.broadcast_to(gray, (130, 48, 64, 3)))")
+    subprocess.run([sys.executable, "-c", code, str(folder / "movie.mp4")], check=True, cwd=ROOT)
+    (folder / "frames" / "movie").mkdir(parents=True)
+    (folder / "frame_lists").mkdir()
+    names = [f"movie/movie_{i:06d}.png" for i in range(1, 131)]
+    for i, name in enumerate(names):
+        Image.new("RGB", (64, 48), (37 * i % 256,) * 3).save(folder / "frames" / name)
+    lines = [f'movie 0 0 {name} ""\n' for name in reversed(names)]
+    (folder / "frame_lists" / "train.csv").write_text("".join(["header\n", *lines]))
+    return folder
+
+
+@pytest.mark.parametrize("frames, rate", [(8, 4), (40, 3), (16, 4)])
+def test_clip_around_the_key_frame(gray, frames, rate):
+    recipe = ava.replace(TINY, data=str(gray), num_frames=frames, sampling_rate=rate,
+                         movie_start=900.0)
+    places = range(60 - frames * rate // 2, 60 + frames * rate // 2, rate)
+    for media, tolerance in ((str(gray / "movie.mp4"), 4),    # coding has losses
+                             (ava.find_media(str(gray), "train")["movie"], 0)):
+        x, size = ava.read_clip(recipe, media, ava.KeyFrame("movie", 902, None, None), (24, 32))
+        assert x.shape == (frames, 3, 24, 32) and size == (48, 64)
+        np.testing.assert_allclose(x.float().mean((1, 2, 3)), [37 * i % 256 for i in places],
+                                   rtol=0, atol=tolerance)
+        with pytest.raises(video.UnreadableFile, match="second 905.*wanted"):
+            ava.read_clip(recipe, media, ava.KeyFrame("movie", 905, None, None), (24, 32))
 
 
 # -------------------------------------------------------------------------------------- the script
@@ -348,35 +327,18 @@ def movies(tmp_path_factory):
     rng = np.random.default_rng(0)
     corners = np.sort(rng.uniform(0, 1, (300, 2, 2)), axis=1).reshape(-1, 4)
     with open(folder / "annotations" / "ava_train_predicted_boxes.csv", "a") as f:
-        f.writelines(f"train_001,0903,{','.join(f'{v:.4f}' for v in box)},{rng.integers(1, 8)},0.9\n"
-                     for box in corners)
+        f.writelines(f"train_001,0903,{','.join(map(str, box))},{rng.integers(1, 8)},0.9\n"
+                     for box in corners.round(4))
     with open(folder / "annotations" / "ava_train_v2.2.csv", "a") as f:
         f.writelines(f"train_00{i},0905,0.5,0.2,0.5,0.4,1,0\n" for i in range(2))
     return folder
-
-
-def script(*flags):
-    """Run ava.main() here on one thread. Returns what it printed."""
-    text, arguments, threads = io.StringIO(), sys.argv, torch.get_num_threads()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        sys.argv = ["ava.py", *map(str, flags)]
-        torch.set_num_threads(1)
-        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-            ava.main()
-    finally:
-        sys.argv = arguments
-        torch.set_num_threads(threads)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return text.getvalue()
 
 
 @pytest.fixture(scope="session")
 def finished(movies, tmp_path_factory):
     """An uninterrupted run, and what it printed."""
     out = tmp_path_factory.mktemp("detector") / "run"
-    return out, script("--data", movies, "--out", out, *FLAGS)
+    return out, run_well("ava.py", "--data", movies, "--out", out, *FLAGS)
 
 
 @pytest.mark.slow
@@ -402,22 +364,14 @@ def test_run(movies, finished):
 
 
 @pytest.mark.slow
-def test_killed_stopped_and_resumed_is_bit_equal(movies, finished, tmp_path, monkeypatch):
+def test_killed_stopped_and_resumed_is_bit_equal(movies, finished, tmp_path):
     out = tmp_path / "killed"
     flags = ["--data", movies, "--out", out, *FLAGS, "--resume", "--save-minutes", "0.0001"]
-    step = int(np.random.default_rng().integers(2, 12))
-    runs.kill_at(step, out, "ava.py", *flags, "--workers", 1)             # SIGKILL
-
-    def lr_at(epoch, *rest):                                  # SIGTERM when it comes to step 20
-        if epoch * 8 == 20:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return schedule(epoch, *rest)
-    schedule = engine.lr_at
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(engine, "lr_at", lr_at)
-        script(*flags)
-    assert read_checkpoint(out / "last.pt")["step"] == 20
-    script(*flags)
+    for low, sent, workers in ((2, signal.SIGKILL, 1), (14, signal.SIGTERM, 0)):
+        step = int(np.random.default_rng().integers(low, low + 10))
+        runs.kill_at(step, out, "ava.py", *flags, "--workers", workers, sent=sent)
+        assert 0 < read_checkpoint(out / "last.pt")["step"] < 32
+    run_well("ava.py", *flags)
     assert_same_weights(finished[0], out)
     for name in ("last_center.csv", "last_full.csv"):
         assert (out / name).read_text() == (finished[0] / name).read_text()
@@ -431,42 +385,38 @@ def test_ranks_and_accumulation(movies, tmp_path):
     Two ranks test every key frame once, with bit-identical scores."""
     flags = ["--data", movies, *FLAGS, "--batch-size", 4, "--drop-path", 0, "--dropout", 0,
              "--epochs", 2, "--val-epochs", 0, "--no-baseline", "--device-batch", 1]
-    script("--out", tmp_path / "one", *flags, "--device-batch", 4)
-    runs.run_well("ava.py", "--out", tmp_path / "two", *flags, processes=2)
+    run_well("ava.py", "--out", tmp_path / "one", *flags, "--device-batch", 4)
+    run_well("ava.py", "--out", tmp_path / "two", *flags, processes=2)
     losses = [[d["loss"] for d in log_of(tmp_path / name)] for name in ("one", "two")]
     assert len(losses[0]) == 4
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     shutil.copy(tmp_path / "two" / "last.pt", tmp_path / "again.pt")
     test = ["--eval", tmp_path / "again.pt", "--workers", 0, "--device-batch", 1]
     for view in ("center", "full"):
-        script(*test, "--view", view, "--draw", tmp_path / f"{view}.png")
+        run_well("ava.py", *test, "--view", view, "--draw", tmp_path / f"{view}.png")
         for ending in ("csv", "json"):
             again = (tmp_path / f"again_{view}.{ending}").read_text()
             assert again == (tmp_path / "two" / f"last_{view}.{ending}").read_text()
         assert (tmp_path / f"{view}.png").exists()
-    script(*test, "--match", "score")
+    run_well("ava.py", *test, "--match", "score")
     assert json.load(open(tmp_path / "again_center.json"))["match"] == "score"
 
 
 @pytest.mark.slow
 def test_errors(movies, finished, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    out, data = finished[0], ["--data", movies]
-    last = out / "last.pt"
     for words, flags in (
-            ("out/finetune", data),
-            ("jitter", ["--image-size", 112]),
-            ("--resume", [*data, "--out", out, "--init", ""]),
-            ("another model", [*data, "--init", last, "--recipe", "ava_mvitv2_s_16x4"]),
-            ("--expand mlp", [*data, "--init", last, "--expand", "attn"]),
-            ("lr=1", [*data, "--out", out, *FLAGS, "--resume", "--lr", 1]),
-            ("--movie-start 0", [*data, *FLAGS, "--movie-start", 0])):
-        assert words in runs.refusal(monkeypatch, capsys, "ava", *flags, "--no-baseline"), words
+            ("out/finetune", []), ("jitter", ["--image-size", 112]),
+            ("another model", ["--init", finished[0] / "last.pt", "--expand", "attn"]),
+            ("lr=1", ["--out", finished[0], *FLAGS, "--resume", "--lr", 1]),
+            ("--movie-start 0", [*FLAGS, "--movie-start", 0])):
+        assert words in runs.refusal(monkeypatch, capsys, "ava", "--data", movies, *flags,
+                                     "--no-baseline"), words
     assert set(os.listdir(tmp_path)) <= {"out"}               # of the last one, which had begun
 
 
 @pytest.mark.slow
 def test_dry_run():
     """FLOPs as in Table 3."""
-    text = script("--recipe", "ava_mvitv2_s_16x4", "--dry-run", "--expand", "mlp")
+    text = run_well("ava.py", "--recipe", "ava_mvitv2_s_16x4", "--dry-run", "--expand", "mlp")
     assert "36,229,040 parameters, 71.41 GFLOPs" in text and "output grid 8x7x7" in text
