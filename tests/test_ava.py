@@ -21,15 +21,13 @@ import ava
 import video
 from models import build_classifier
 
-# ------------------------------------------------------------------------------------------ golden
 
 @pytest.mark.parametrize("scale", [32, 16])
 @pytest.mark.parametrize("ratio", [0, 2])
 def test_roi_align_golden(golden, scale, ratio):
     z = golden("ava_roi_align.npz")
-    rng = np.random.default_rng(7)
-    features = torch.from_numpy(rng.standard_normal((2, 5, 10, 18), dtype=np.float32))
-    assert features.double().sum().item() == pytest.approx(float(z["feat_sum"]), abs=1e-4)
+    features = np.random.default_rng(7).standard_normal((2, 5, 10, 18), dtype=np.float32)
+    features = torch.from_numpy(features)
     out = ava.roi_align(features, torch.from_numpy(z["rois"]), 1 / scale, ratio=ratio).numpy()
     np.testing.assert_allclose(out, z[f"out_s{scale}_sr{ratio}"], rtol=0, atol=5e-6)
     assert ratio or not out[[3, 4, 5, 15]].any()              # empty and inverted boxes: exactly 0
@@ -37,16 +35,11 @@ def test_roi_align_golden(golden, scale, ratio):
 
 @pytest.mark.parametrize("ratio", [0, 2])
 def test_roi_align_gradient(ratio):
-    """Against finite differences; and no gradient outside of what the boxes see."""
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(2, 1, 4, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    rois = torch.tensor([[0, 3, 5, 90, 70], [1, -40, 20, 60, 300], [1, 10, 10, 10, 50]]).double()
+    features = torch.randn(2, 1, 3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    rois = torch.tensor([[0, 3, 5, 90, 70], [1, -40, 20, 60, 90], [1, 10, 10, 10, 50]]).double()
     align = lambda f: ava.roi_align(f, rois, 1 / 32, bins=2, ratio=ratio)
     assert torch.autograd.gradcheck(align, features)
-    rois = torch.tensor([[1, 0, 0, 20, 20]], dtype=torch.float64)
-    grad, = torch.autograd.grad(align(features).sum(), features)
-    assert grad[0].abs().max() == 0 and grad[1, :, 0, 0].min() > 0
-    assert grad[1, :, 2:].abs().max() == 0
     assert ava.roi_align(features, rois[:0], 1 / 32).shape == (0, 1, 7, 7)
 
 
@@ -54,11 +47,10 @@ def test_roi_align_gradient_repeats(two_threads):
     """Boxes of one clip share cells: their gradients are summed in one order on many threads."""
     torch.manual_seed(0)
     features = torch.randn(4, 14, 14, 768).permute(0, 3, 1, 2).requires_grad_()
-    corners = torch.rand(40, 2) * 100
-    rois = torch.cat([torch.arange(40)[:, None] % 4, corners, corners + 50], dim=1)
-    gradients = [torch.autograd.grad(ava.roi_align(features, rois, 1 / 16).square().sum(),
-                                     features)[0] for _ in range(6)]
-    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+    rois = torch.cat([torch.arange(40)[:, None] % 4, torch.rand(40, 4) * 100], dim=1)
+    loss = ava.roi_align(features, rois, 1 / 16).square().sum()
+    first, *others = (torch.autograd.grad(loss, features, retain_graph=True)[0] for _ in range(6))
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_transform_boxes_golden():
@@ -73,8 +65,7 @@ def test_transform_boxes_golden():
             (w, h), side, (low, high) = case["resized_wh"], case["crop"], case["jitter"]
             assert min(w, h) == round(1 / rng.uniform(1 / high, 1 / low))
             top, left = rng.randint(0, h - side), rng.randint(0, w - side)
-            crop, flip = (top, left, side, side), rng.uniform() < 0.5
-            assert flip == case["flipped"]
+            crop, flip = (top, left, side, side), case["flipped"]
         else:
             (w, h), side, flip = sizes[case["size"]], case["size"], False
             crop = (-(-(h - side) // 2), -(-(w - side) // 2), side, side)
@@ -91,9 +82,8 @@ def test_transform_boxes_golden():
     ("detections_shuffled", "detections_shuffled", True, "file"),
     ("detections_no_exclusion", "detections", False, "file"),
     ("detections_ties_stable_then_reversed", "detections_ties", True, "file"),
-    ("", "detections", True, "score"), ("", "detections_shuffled", True, "score")])
+    ("", "detections_shuffled", True, "score")])
 def test_mean_average_precision_golden(tmp_path, result, name, excluded, match):
-    """Best score first, the order of the file does not matter. Figure: golden data's README."""
     golden = GOLDEN / "ava_map"
     for table, file in (("actions", "label_map.pbtxt"), ("truth", "groundtruth.csv"),
                         ("excluded", "excluded_timestamps.csv")):
@@ -106,23 +96,22 @@ def test_mean_average_precision_golden(tmp_path, result, name, excluded, match):
         assert mean == pytest.approx(0.305928, abs=5e-7)
         return
     expected = json.load(open(golden / "expected.json"))["results"][result]
-    assert [names[label] for label in precisions] == list(expected["AP"])
     np.testing.assert_allclose(list(precisions.values()), np.array(
         list(expected["AP"].values()), float), rtol=0, atol=1e-12)
     assert mean == pytest.approx(expected["mAP"], abs=1e-12)
 
 
 @pytest.mark.slow
-def test_detection_head_golden(golden, released):
-    """Features, logits, loss and gradients of MViTv2-S on boxes, from a file of the release."""
+def test_detection_head_golden(golden, released, capsys):
+    """Features, logits, loss and gradients of MViTv2-S, from a file of the release."""
     z = golden("ava_det_head.npz")
     recipe = ava.replace(ava.AVA, eval=released("mvitv2_s_detection"), data="somewhere")
     recipe, detector = ava.load_for_test(recipe, {"data"})
-    assert (recipe.model, recipe.image_size, recipe.num_frames, recipe.expand) == (
-        "mvitv2_s", (224, 224), 16, "mlp")
-    assert sum(p.numel() for p in detector.eval().parameters()) == 36_229_040
+    ava.dry_run(recipe)
+    said = "36,229,040 parameters, 71.41 GFLOPs per clip, output grid 8x7x7\n"        # Table 3
+    assert capsys.readouterr().out == said
     rois = torch.from_numpy(z["b1_boxes"])
-    features = detector.feature_map(golden_input((1, 3, 16, 224, 224)))       # (1, 768, 7, 7)
+    features = detector.eval().feature_map(golden_input((1, 3, 16, 224, 224)))  # (1, 768, 7, 7)
 
     def near(found, name):
         np.testing.assert_allclose(found.detach(), z[name], rtol=0, atol=1e-5)
@@ -172,24 +161,21 @@ def test_any_number_of_boxes(count, width):
 @pytest.mark.parametrize("classes", [12, 80])
 def test_starting_weights(tmp_path, classes):
     """From a classifier of other classes only the head is new. A detector is taken over whole."""
-    torch.manual_seed(1)
     stored = {**ava.model_recipe(TINY), "num_classes": classes}
-    model = build_classifier(stored)
-    torch.save({"model": model.state_dict(), "recipe": stored}, tmp_path / "a.pt")
-    detector = ava.Detector(TINY)
+    model, detector, path = build_classifier(stored), ava.Detector(TINY), str(tmp_path / "a.pt")
+    torch.save({"model": model.state_dict(), "recipe": stored}, path)
     new = detector.model.head.projection.weight.clone() * TINY.head_init_scale
-    ava.start_weights(detector, ava.replace(TINY, init=str(tmp_path / "a.pt")), lambda line: None)
+    ava.start_weights(detector, ava.replace(TINY, init=path), lambda line: None)
     expected = new if classes == 12 else model.head.projection.weight
     assert torch.equal(detector.model.head.projection.weight, expected)
     assert torch.equal(detector.model.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
 
 
-# -------------------------------------------------------------------------------------------- data
-
 def find(folder, split, **more):
     lines = []
     recipe = ava.replace(TINY, data=str(folder), **more)
-    return ava.find_key_frames(recipe, split, lines.append)[0], "\n".join(lines)
+    frames, _ = ava.find_key_frames(recipe, split, lines.append)
+    return frames, [[np.flatnonzero(row).tolist() for row in f.targets] for f in frames], lines
 
 
 def test_rows(tmp_path):
@@ -201,36 +187,26 @@ def test_rows(tmp_path):
               "train_predicted_boxes": [good + "7,0.85", good + "-1,0.9", good + ",0.9",
                                         good + "9,0.5", "a,0902,0.1,0.2,0.3,0.5,,0.95", *bad],
               "val_predicted_boxes": [good + "1,0.8", good + "2,0.79"]}
-    (tmp_path / "annotations").mkdir()
     (tmp_path / "videos" / "sub").mkdir(parents=True)
     (tmp_path / "videos" / "sub" / "a.mkv").touch()
     for name, lines in tables.items():
-        (tmp_path / "annotations" / f"ava_{name}.csv").write_text("\n".join(lines) + "\n")
-    frames, said = find(tmp_path, "train")
+        (tmp_path / f"ava_{name}.csv").write_text("\n".join(lines) + "\n")
+    frames, labels, said = find(tmp_path, "train")
     assert [frame[:2] for frame in frames] == [("a", 902), ("a", 903)]
     assert frames[0].boxes.tolist() == [[0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.5]]
-    assert [np.flatnonzero(row).tolist() for row in frames[0].targets] == [[2, 6], []]
-    assert [np.flatnonzero(row).tolist() for row in frames[1].targets] == [[79]]
-    assert "7 rows" in said and "a,0901" in said
-    assert find(tmp_path, "train", box_score=0.4)[0][0].targets[0, 8]
-    assert sum(len(frame.boxes) for frame in find(tmp_path, "train", predicted=False)[0]) == 2
-    val, said = find(tmp_path, "val")
-    assert [np.flatnonzero(frame.targets[0]).tolist() for frame in val] == [[0]] and not said
-    assert ava.fingerprint_of(val) == ava.fingerprint_of(find(tmp_path, "val")[0])
-    assert ava.fingerprint_of(val) != ava.fingerprint_of(frames)
-    with pytest.raises(ValueError, match="no box"):
-        find(tmp_path, "val", box_score=1.0)
-    with pytest.raises(FileNotFoundError, match="ava_val_predicted_boxes.csv"):
-        find(tmp_path / "nothing", "val")
-    (tmp_path / "ava_train_v2.2.csv").write_text("a,0902,0.1\n")
-    assert len(find(tmp_path, "train")[0]) == 2               # annotations/ goes first
-    (tmp_path / "annotations" / "ava_train_v2.2.csv").unlink()
+    assert labels == [[[2, 6], []], [[79]]] and "7 rows" in said[0] and "a,0901" in said[0]
+    assert find(tmp_path, "train", predicted=False)[1] == [[[2]], [[79]]]
+    assert find(tmp_path, "val")[1:] == ([[[0]]], [])
+    (tmp_path / "ava_val_predicted_boxes.csv").write_text("a,0902,0.1\n")
     with pytest.raises(ValueError, match="line 1.*a,0902,0.1"):
-        find(tmp_path, "train")
+        find(tmp_path, "val")
+    (tmp_path / "ava_val_predicted_boxes.csv").unlink()
+    with pytest.raises(FileNotFoundError, match="ava_val_predicted_boxes.csv"):
+        find(tmp_path, "val")
 
 
 def still(folder, picture, boxes, **more):
-    """Clips(view) of one key frame, second 902 of a movie of one picture, in frames on disk."""
+    """clips(view) of one key frame: second 902 of a still movie, in frames on disk."""
     (folder / "frames").mkdir()
     Image.fromarray(picture).save(folder / "frames" / "only.png")
     frame = ava.KeyFrame("movie", 902, np.array(boxes), np.ones((len(boxes), 80), bool))
@@ -244,7 +220,7 @@ def test_boxes_follow_the_pixels(tmp_path):
     picture = np.zeros((64, 96, 3), np.uint8)
     picture[20:44, 50:80] = 255
     clips = still(tmp_path, picture, [[50 / 96, 20 / 64, 80 / 96, 44 / 64]], jitter=(40, 80))
-    kept = 0
+    counts = set()
     for epoch in range(30):
         item, released = clips("train")[epoch, 0], clips("train", drop_empty=False)[epoch, 0]
         white = np.argwhere(item["x"][0, 0, 1].numpy() > 127)
@@ -254,8 +230,8 @@ def test_boxes_follow_the_pixels(tmp_path):
         if len(white):
             (y1, x1), (y2, x2) = white.min(axis=0), white.max(axis=0)
             np.testing.assert_allclose(item["boxes"][0], [x1, y1, x2, y2], atol=1.6)
-            kept += 1
-    assert 10 < kept < 30
+        counts.add(len(item["boxes"]))
+    assert counts == {0, 1}
 
 
 def test_views(tmp_path):
@@ -270,44 +246,33 @@ def test_views(tmp_path):
     np.testing.assert_allclose(center["boxes"], shifted.clip(0, 119), atol=1e-4)
     os.remove(tmp_path / "frames" / "only.png")
     item = clips("center")[0]
-    assert "902" in item["unreadable"][0][0] and len(item["boxes"]) == 0
-    assert item["x"].shape == (1, 3, 4, 32, 32)
+    assert "902" in item["unreadable"][0][0] and item["count"] == [len(item["boxes"])] == [0]
 
 
-@pytest.fixture(scope="session")
-def gray(tmp_path_factory):
-    """A folder with a movie from second 900 on, and its frames. Frame i is gray of 37i % 256."""
-    folder = tmp_path_factory.mktemp("gray")
-    code = ("import sys, numpy as np; from tools import synthetic\n"
-            "gray = (37 * np.arange(130) % 256).astype(np.uint8)[:, None, None, None]\n"
-            "synthetic.write_video(sys.argv[1], np.broadcast_to(gray, (130, 48, 64, 3)))")
-    subprocess.run([sys.executable, "-c", code, str(folder / "movie.mp4")], check=True, cwd=ROOT)
-    (folder / "frames" / "movie").mkdir(parents=True)
-    (folder / "frame_lists").mkdir()
-    names = [f"movie/movie_{i:06d}.png" for i in range(1, 131)]
-    for i, name in enumerate(names):
-        Image.new("RGB", (64, 48), (37 * i % 256,) * 3).save(folder / "frames" / name)
-    lines = [f'movie 0 0 {name} ""\n' for name in reversed(names)]
-    (folder / "frame_lists" / "train.csv").write_text("".join(["header\n", *lines]))
-    return folder
-
-
-@pytest.mark.parametrize("frames, rate", [(8, 4), (40, 3), (16, 4)])
-def test_clip_around_the_key_frame(gray, frames, rate):
-    recipe = ava.replace(TINY, data=str(gray), num_frames=frames, sampling_rate=rate,
-                         movie_start=900.0)
-    places = range(60 - frames * rate // 2, 60 + frames * rate // 2, rate)
-    for media, tolerance in ((str(gray / "movie.mp4"), 4),    # coding has losses
-                             (ava.find_media(str(gray), "train")["movie"], 0)):
-        x, size = ava.read_clip(recipe, media, ava.KeyFrame("movie", 902, None, None), (24, 32))
-        assert x.shape == (frames, 3, 24, 32) and size == (48, 64)
-        np.testing.assert_allclose(x.float().mean((1, 2, 3)), [37 * i % 256 for i in places],
-                                   rtol=0, atol=tolerance)
+def test_clip_around_the_key_frame(tmp_path, monkeypatch):
+    """Frame i on disk is gray of i. Of a movie, the same moments are read."""
+    (tmp_path / "frames" / "movie").mkdir(parents=True)
+    (tmp_path / "frame_lists").mkdir()
+    lines = ["header\n"]
+    for i in reversed(range(130)):
+        lines.append(f'movie 0 0 movie/movie_{i + 1:06d}.png ""\n')
+        Image.new("RGB", (64, 48), (i, i, i)).save(tmp_path / "frames" / lines[-1].split()[3])
+    (tmp_path / "frame_lists" / "train.csv").write_text("".join(lines))
+    media = ava.find_media(tmp_path, "train")["movie"]
+    frame, late = (ava.KeyFrame("movie", second, None, None) for second in (902, 905))
+    monkeypatch.setattr(video, "read_moments", lambda path, times, min_size: times)
+    monkeypatch.setattr(video, "picture_size", lambda path: (48, 64))
+    for length, rate in ((8, 4), (40, 3), (16, 4)):           # the last two: release
+        recipe = ava.replace(TINY, data=str(tmp_path), num_frames=length, sampling_rate=rate,
+                             movie_start=900.0)
+        places = list(range(60 - length * rate // 2, 60 + length * rate // 2, rate))
+        x, size = ava.read_clip(recipe, media, frame, (24, 32))
+        assert x.shape[1:] == (3, 24, 32) and size == (48, 64) and x[:, 0, 0, 0].tolist() == places
+        times, _ = ava.read_clip(recipe, "movie.mp4", frame, (24, 32))
+        assert times == pytest.approx([place / 30 for place in places])
         with pytest.raises(video.UnreadableFile, match="second 905.*wanted"):
-            ava.read_clip(recipe, media, ava.KeyFrame("movie", 905, None, None), (24, 32))
+            ava.read_clip(recipe, media, late, (24, 32))
 
-
-# -------------------------------------------------------------------------------------- the script
 
 # 8 key frames, one per step, so 32 steps. 2 key frames have no box left, one has 300 more.
 FLAGS = ["--movie-start", 901, "--image-size", 32, "--jitter", 32, 48, "--frames", 4,
@@ -324,11 +289,9 @@ def movies(tmp_path_factory):
             "synthetic.make_ava_part(sys.argv[1], 0, 0, 1)\n"
             "synthetic._join_tables(Path(sys.argv[1], 'annotations'))")
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=ROOT)
-    rng = np.random.default_rng(0)
-    corners = np.sort(rng.uniform(0, 1, (300, 2, 2)), axis=1).reshape(-1, 4)
     with open(folder / "annotations" / "ava_train_predicted_boxes.csv", "a") as f:
-        f.writelines(f"train_001,0903,{','.join(map(str, box))},{rng.integers(1, 8)},0.9\n"
-                     for box in corners.round(4))
+        f.writelines(f"train_001,0903,0.{i},0.1,0.{i + 100},0.9,{i % 7 + 1},0.9\n"
+                     for i in range(100, 400))
     with open(folder / "annotations" / "ava_train_v2.2.csv", "a") as f:
         f.writelines(f"train_00{i},0905,0.5,0.2,0.5,0.4,1,0\n" for i in range(2))
     return folder
@@ -350,7 +313,6 @@ def test_run(movies, finished):
     assert all((d["loss"] > 0) == (d["grad_norm"] > 0) == (d["boxes"] > 0) for d in lines)
     assert [d["step"] for d in log_of(out) if "val_mAP" in d] == [16]
     names, truth, excluded = ava.read_truth(movies)
-    assert excluded == {"val_000,0904"}
     for view in ("center", "full"):                           # the csv is worth what was printed
         results = json.load(open(out / f"last_{view}.json"))
         found = ava.read_boxes(out / f"last_{view}.csv", scored=True)
@@ -358,9 +320,8 @@ def test_run(movies, finished):
         again = list(ava.average_precisions(truth, found, names, excluded).values())
         assert np.nanmean(again) == pytest.approx(results["mAP"], abs=1e-12)
         assert f"{view} view: mAP@0.5 {100 * results['mAP']:.2f}, of the untrained head" in text
-    with Image.open(out / "last.png") as picture:
-        colors = {tuple(c) for c in np.asarray(picture.convert("RGB")).reshape(-1, 3)}
-    assert {(255, 255, 255), (255, 165, 0)} <= colors
+    pixels = np.asarray(Image.open(out / "last.png")).reshape(-1, 3).tolist()
+    assert [255, 255, 255] in pixels and [255, 165, 0] in pixels
 
 
 @pytest.mark.slow
@@ -375,8 +336,8 @@ def test_killed_stopped_and_resumed_is_bit_equal(movies, finished, tmp_path):
     assert_same_weights(finished[0], out)
     for name in ("last_center.csv", "last_full.csv"):
         assert (out / name).read_text() == (finished[0] / name).read_text()
-    untrained = read_checkpoint(finished[0] / "last.pt")["untrained"]
-    assert read_checkpoint(out / "last.pt")["untrained"] == untrained and len(untrained) == 2
+    untrained = [read_checkpoint(run / "last.pt")["untrained"] for run in (out, finished[0])]
+    assert untrained[0] == untrained[1] and len(untrained[0]) == 2
 
 
 @pytest.mark.slow
@@ -391,32 +352,17 @@ def test_ranks_and_accumulation(movies, tmp_path):
     assert len(losses[0]) == 4
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     shutil.copy(tmp_path / "two" / "last.pt", tmp_path / "again.pt")
-    test = ["--eval", tmp_path / "again.pt", "--workers", 0, "--device-batch", 1]
     for view in ("center", "full"):
-        run_well("ava.py", *test, "--view", view, "--draw", tmp_path / f"{view}.png")
+        run_well("ava.py", "--eval", tmp_path / "again.pt", "--view", view, "--workers", 0,
+                 "--device-batch", 1, "--draw", tmp_path / f"{view}.png")
         for ending in ("csv", "json"):
             again = (tmp_path / f"again_{view}.{ending}").read_text()
             assert again == (tmp_path / "two" / f"last_{view}.{ending}").read_text()
-        assert (tmp_path / f"{view}.png").exists()
-    run_well("ava.py", *test, "--match", "score")
-    assert json.load(open(tmp_path / "again_center.json"))["match"] == "score"
 
 
 @pytest.mark.slow
-def test_errors(movies, finished, monkeypatch, capsys, tmp_path):
+def test_errors(movies, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for words, flags in (
-            ("out/finetune", []), ("jitter", ["--image-size", 112]),
-            ("another model", ["--init", finished[0] / "last.pt", "--expand", "attn"]),
-            ("lr=1", ["--out", finished[0], *FLAGS, "--resume", "--lr", 1]),
-            ("--movie-start 0", [*FLAGS, "--movie-start", 0])):
-        assert words in runs.refusal(monkeypatch, capsys, "ava", "--data", movies, *flags,
-                                     "--no-baseline"), words
-    assert set(os.listdir(tmp_path)) <= {"out"}               # of the last one, which had begun
-
-
-@pytest.mark.slow
-def test_dry_run():
-    """FLOPs as in Table 3."""
-    text = run_well("ava.py", "--recipe", "ava_mvitv2_s_16x4", "--dry-run", "--expand", "mlp")
-    assert "36,229,040 parameters, 71.41 GFLOPs" in text and "output grid 8x7x7" in text
+    for words, *flags in (["out/finetune"], ["jitter", "--image-size", 112],
+                          ["--movie-start 0", *FLAGS, "--movie-start", 0, "--no-baseline"]):
+        assert words in runs.refusal(monkeypatch, capsys, "ava", "--data", movies, *flags)
