@@ -7,13 +7,14 @@
 Formats are recognized by the names of the tensors: ours; the official release (SlowFast `.pyth`:
 MaskFeat, supervised MViTv2); torchvision's `mvit_v2_s`; ViT of timm, DeiT, DINO and MAE.
 """
-import argparse
 import json
 import math
 import os
 import re
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
-from engine import read_checkpoint, run_main, save_checkpoint  # isort: skip (before torch)
+from engine import read_checkpoint, run_main, save_checkpoint
+
 import torch
 import torch.nn.functional as F
 
@@ -22,28 +23,28 @@ import vit
 from models import build_classifier, build_maskfeat
 
 # Tables of (fragment of their name, fragment of ours), at the start of a name or after a dot. The
-# first row that matches counts; None drops the tensor. Our names are those of mvit.py and vit.py,
-# with "maskfeat." before what only pre-training has. Export reads a table backwards.
-PRETRAINED = [("encoder.", ""), ("", "maskfeat.")]  # as in MaskFeat(encoder, target)
-RELEASE = [("hogs.", None), ("mask_token", "maskfeat.mask_token"),  # hogs: constant filters
-           ("pred_head.transforms.0.0.", "maskfeat.norm."),
-           ("pred_head.projections.0.", "maskfeat.head.")]
-RELEASE_VIT = [("head.projection.", "head."), *RELEASE]
-TORCHVISION = [("conv_proj.", "patch_embed.proj."), ("pos_encoding.class_token", "cls_token"),
-               ("attn.project.0.", "attn.proj."), ("project.", "proj."),
-               *((f"attn.pool_{x}.pool.", f"attn.pool_{x}.") for x in "qkv"),
-               *((f"attn.pool_{x}.norm_act.0.", f"attn.norm_{x}.") for x in "qkv"),
-               ("mlp.0.", "mlp.fc1."), ("mlp.3.", "mlp.fc2."), ("head.1.", "head.projection.")]
-TIMM = [("fc_norm.", "norm.")]  # the norm after mean pooling
-DINO = [("backbone.", ""), ("head.", None)]  # its head is no classifier
-MAE = [(f"decoder_{x}", None) for x in ("pos_embed", "embed.", "blocks.", "norm.", "pred.")]
-MAE += [("mask_token", None)]  # belongs to the decoder
-TABLES = {"torchvision": TORCHVISION, "timm": TIMM, "DINO": DINO, "MAE": MAE}
-
-# Names that the formats further down lack. DeiT, DINO's trunk and fine-tuned MAE have timm's names.
-SIGNS = {"ours": r"^encoder\.", "torchvision": r"\.pool_[qkv]\.pool\.", "DINO": r"^backbone\.",
-         "MAE": r"^decoder_", "release": r"\.pool_[qkv]\.|^pred_head\.|^head\.projection\.",
-         "timm": r"^blocks\.\d+\.attn\.qkv\."}
+# first row that matches counts. None drops the tensor. Our names are those of mvit.py and vit.py
+# with "head." for "head.projection.", and with "maskfeat." before what only pre-training has.
+# Export reads a table backwards.
+HEAD = ("head.projection.", "head.")
+PRETRAINED = [("encoder.", ""), ("", "maskfeat.")]
+# Format: (what its names show and the formats further down lack, table)
+FORMATS = {
+    "ours": (r"^encoder\.", [HEAD]),
+    "torchvision": (r"\.pool_[qkv]\.pool\.", [
+        ("conv_proj.", "patch_embed.proj."), ("pos_encoding.class_token", "cls_token"),
+        ("attn.project.0.", "attn.proj."), ("project.", "proj."),
+        *((f"attn.pool_{x}.pool.", f"attn.pool_{x}.") for x in "qkv"),
+        *((f"attn.pool_{x}.norm_act.0.", f"attn.norm_{x}.") for x in "qkv"),
+        ("mlp.0.", "mlp.fc1."), ("mlp.3.", "mlp.fc2."), ("head.1.", "head.")]),
+    "DINO": (r"^backbone\.", [("backbone.", ""), ("head.", None)]),  # its head is no classifier
+    "MAE": (r"^decoder_", [("decoder_", None), ("mask_token", None)]),
+    "release": (r"\.pool_[qkv]\.|^pred_head\.|^head\.projection\.", [
+        HEAD, ("hogs.", None), ("mask_token", "maskfeat.mask_token"),  # hogs: constant filters
+        ("pred_head.transforms.0.0.", "maskfeat.norm."),
+        ("pred_head.projections.0.", "maskfeat.head.")]),
+    # Also DeiT, DINO's trunk and fine-tuned MAE. fc_norm follows mean pooling.
+    "timm": (r"^blocks\.\d+\.attn\.qkv\.", [("fc_norm.", "norm.")])}
 
 # (axes of the stem's kernel, width, depth) -> model
 KINDS = {(5, 64, 3): "mvit_tiny", (5, 96, 16): "mvitv2_s", (5, 96, 24): "mvitv2_b",
@@ -53,18 +54,17 @@ KINDS = {(5, 64, 3): "mvit_tiny", (5, 96, 16): "mvitv2_s", (5, 96, 24): "mvitv2_
 
 def recognize(checkpoint):
     """(format, state dict) of a checkpoint or a bare state dict. Names lose DDP's "module."."""
-    # A file of DINO has a student and a teacher, which counts.
     for key in ("model_state", "model", "teacher", "student", "state_dict", None):
         state = checkpoint if key is None else checkpoint.get(key)
         if isinstance(state, dict) and all(torch.is_tensor(value) for value in state.values()):
             state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
             if key == "model" and "recipe" in checkpoint:
                 return "ours", state
-            for form, sign in SIGNS.items():
+            for form, (sign, _) in FORMATS.items():
                 if any(re.search(sign, name) for name in state):
                     return form, state
     raise ValueError(f"no known checkpoint format: keys {sorted(map(str, checkpoint))[:8]}; "
-                     f"known formats are {', '.join(SIGNS)}")
+                     f"known formats are {', '.join(FORMATS)}")
 
 
 def rename(state, table, back=False):
@@ -87,13 +87,8 @@ def rename(state, table, back=False):
 
 def translate(form, state):
     """rename() of a state dict in a known format to our names."""
-    if form == "ours":
-        table = PRETRAINED if any(name.startswith("encoder.") for name in state) else []
-    elif form == "release":
-        table = RELEASE if any(".pool_q." in name for name in state) else RELEASE_VIT
-    else:
-        table = TABLES[form]
-    return rename(state, table)
+    pretrained = form == "ours" and any(name.startswith("encoder.") for name in state)
+    return rename(state, PRETRAINED if pretrained else FORMATS[form][1])
 
 
 def signature(state):
@@ -119,8 +114,8 @@ def resize_positions(name, tensor, shape):
 
 def part(name):
     """The head, norm or mask token that `name` belongs to, else None. Stages differ in these."""
-    match = re.fullmatch(r"((maskfeat\.)?(norm|head))(\.projection)?\.(weight|bias)", name)
-    return match[1] if match else name if name == "maskfeat.mask_token" else None
+    match = re.fullmatch(r"((maskfeat\.)?(norm|head)|maskfeat\.mask_token)(\.weight|\.bias|)", name)
+    return match and match[1]
 
 
 def load_weights(model, path, verbose=True):
@@ -134,15 +129,15 @@ def load_weights(model, path, verbose=True):
     form, found = recognize(checkpoint)
     state, origin = translate(form, found)
     places, names = translate("ours", own)
-    dropped = [old for old in found if old not in set(origin.values())]
-    report = {"loaded": [], "resized": [], "fresh": [], "left out": dropped}
+    report = {"loaded": [], "resized": [], "fresh": [],
+              "left out": [old for old in found if old not in set(origin.values())]}
     parts, wrong = {part(new) for new in state}, []
     for new, place in places.items():
-        name = names[new]
-        if new not in state:
+        name, old = names[new], origin.pop(new, None)
+        if old is None:
             (report["fresh"] if part(new) and part(new) not in parts else wrong).append(name)
             continue
-        old, tensor = origin.pop(new), state[new]
+        tensor = state[new]
         if new == "cls_token":
             tensor = tensor.reshape(1, 1, -1)  # torchvision: one axis
         change = f"{tuple(tensor.shape)} -> {tuple(place.shape)}"
@@ -205,10 +200,9 @@ def foreign_recipe(checkpoint):
     for table in tables if video else ["pos_embed"]:
         if table not in state:
             raise ValueError(f"{form} checkpoint of {name} lacks {table}")
-    head = state.get("head.projection.weight", state.get("head.weight", ()))
-    recipe = {"model": name, "num_classes": len(head), "num_frames": 16, "sampling_rate": 4,
-              "crop_ratio": 0.875, "patch_size": 16, "output_stride": 16, "drop_path": 0.0,
-              "checkpointing": False, "expand": expand}
+    recipe = {"model": name, "num_classes": len(state.get("head.weight", ())), "num_frames": 16,
+              "sampling_rate": 4, "crop_ratio": 0.875, "patch_size": 16, "output_stride": 16,
+              "drop_path": 0.0, "checkpointing": False, "expand": expand}
     if video:
         t, h, w, last = ((len(state[table]) + 1) // 2 for table in tables)  # 2n - 1 distances
         recipe |= {"num_frames": 2 * t, "image_size": (4 * h, 4 * w), "mean": (0.45,) * 3,
@@ -244,16 +238,6 @@ def read_cfg(cfg):
     return recipe
 
 
-def import_foreign(path):
-    """A foreign file as {"model", "recipe"}. A file without a head becomes a trunk without norm."""
-    recipe = foreign_recipe(read_checkpoint(path))
-    model = build_maskfeat(recipe) if "target" in recipe else build_classifier(recipe)
-    report = load_weights(model, path)
-    if differs := report["fresh"] + report["resized"]:
-        raise ValueError(f"{path} is like {recipe['model']}, but not it: {differs[:3]}")
-    return {"model": model.state_dict(), "recipe": recipe}
-
-
 def export(checkpoint, to):
     """(our checkpoint in another layout, names of the tensors that it has no place for).
 
@@ -262,14 +246,13 @@ def export(checkpoint, to):
     "optimizer_state", "cfg"}, without optimizer and `hogs`; `cfg` says what shapes do not.
     """
     recipe, (state, origin) = foreign_recipe(checkpoint), translate(*recognize(checkpoint))
-    is_vit = recipe["model"] in vit.MODELS
     if to == "timm":
-        if not is_vit:
+        if recipe["model"] not in vit.MODELS:
             raise ValueError(f"timm has no {recipe['model']} for video: use --to release")
         trunk = {new: state[new] for new in state if not new.startswith("maskfeat.")}
-        state, _ = rename(trunk, TIMM if recipe["pool"] == "mean" else [], back=True)
-        return state, [old for new, old in origin.items() if new not in trunk]
-    state, _ = rename(state, RELEASE_VIT if is_vit else RELEASE, back=True)
+        table = FORMATS["timm"][1] if recipe["pool"] == "mean" else []
+        return rename(trunk, table, back=True)[0], [origin[new] for new in state if new not in trunk]
+    state, _ = rename(state, FORMATS["release"][1], back=True)
     data = {key.upper(): recipe[key] for key in ("sampling_rate", "mean", "std") if key in recipe}
     cfg = json.dumps({"MVIT": {"USE_MEAN_POOLING": recipe["pool"] == "mean"}, "DATA": data})
     cfg = cfg.replace('"', "")
@@ -277,8 +260,7 @@ def export(checkpoint, to):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("destination")
     parser.add_argument("--to", choices=("release", "timm"), help="layout; default: timm for ViT")
@@ -286,9 +268,9 @@ def main():
     if os.path.exists(args.destination):
         raise ValueError(f"{args.destination} exists: choose another name")
     checkpoint = read_checkpoint(args.source)
-    form, model = recognize(checkpoint)[0], foreign_recipe(checkpoint)["model"]
+    form, recipe = recognize(checkpoint)[0], foreign_recipe(checkpoint)
     if form == "ours":
-        to = args.to or ("timm" if model in vit.MODELS else "release")
+        to = args.to or ("timm" if recipe["model"] in vit.MODELS else "release")
         result, left_out = export(checkpoint, to)
         count = len(result.get("model_state", result))
         print(f"{args.source} (ours): {count} to {to}, {len(left_out)} left out")
@@ -297,10 +279,14 @@ def main():
     elif args.to:
         raise ValueError(f"{args.source} ({form}) is not ours: convert it without --to first")
     else:
-        result = import_foreign(args.source)
+        model = build_maskfeat(recipe) if "target" in recipe else build_classifier(recipe)
+        report = load_weights(model, args.source)
+        if differs := report["fresh"] + report["resized"]:
+            raise ValueError(f"{args.source} is like {recipe['model']}, but not it: {differs[:3]}")
+        result = {"model": model.state_dict(), "recipe": recipe}
     os.makedirs(os.path.dirname(args.destination) or ".", exist_ok=True)
     save_checkpoint(args.destination, result)
-    print(f"wrote {args.destination}: {model}")
+    print(f"wrote {args.destination}: {recipe['model']}")
 
 
 if __name__ == "__main__":

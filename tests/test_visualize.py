@@ -45,6 +45,6 @@ def test_glyphs_and_sheet():
 def test_tokens_have_the_color_of_their_class_or_direction():
     eye, frames, mask = torch.eye(4)[None], torch.zeros(1, 3, 8, 32), torch.ones(1, 1, 4).bool()
     for kind, target in ("dvae", torch.tensor([[3.0, 2, 1, 0]])), ("dino", eye[:, [3, 2, 1, 0]]):
-        pictures = panels({**RECIPE, "target": kind}, frames, mask, 9 * eye[:, [3, 2, 0, 1]], target)
-        right, wrong = np.split((pictures[0, 1] == pictures[0, 2]).all((0, 2)), 2)
+        rows = panels({**RECIPE, "target": kind}, frames, mask, 9 * eye[:, [3, 2, 0, 1]], target)
+        right, wrong = np.split((rows[0, 1] == rows[0, 2]).all((0, 2)), 2)
         assert right.all() and not wrong.any()
