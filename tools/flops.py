@@ -1,96 +1,90 @@
-"""Parameters and FLOPs of a model in the paper's convention, from shapes alone (Tables 3 to 5). Needs only torch.
+"""Parameters and FLOPs of a model in the paper's convention, from shapes alone (Tables 3 to 5).
 
-    with torch.device("meta"):
-        model = mvit.MODELS["mvitv2_l"](image_size=312, num_frames=40, expand="attn")
-    count_flops(model, (1, 3, 40, 312, 312))["flops"]                         # 2.828e12
+    python -m tools.flops --model mvitv2_l --image-size 312 --frames 40 --expand attn
 
-The convention is that of fvcore, which the release counts with: a multiply-add of a convolution, linear layer, matrix
-product or einsum is one FLOP, an element of a LayerNorm is five, and softmax, GELU, pooling and additions are free.
-Functions are counted as Python calls them, before a device chooses its kernels.
+The release counts with fvcore: a multiply-add of a convolution, linear layer, matrix product or
+einsum is one FLOP, and an element of a LayerNorm is five. Softmax, GELU and pooling are free.
 """
+import argparse
 import copy
 import math
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+import models
+
 
 class Counter(TorchFunctionMode):
     """Adds up multiply-adds (`macs`) and elements of LayerNorms (`normed`) while it is active."""
-
-    def __init__(self):
-        super().__init__()
-        self.macs = self.normed = 0
-        self.width = None                                                     # heads * C of the attention being run
-
-    def see_width(self, module, args):
-        """A forward pre-hook for modules with a joint `qkv`."""
-        self.width = module.qkv.out_features // 3
+    macs = normed = width = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))                                   # calls made in here are not seen
-        name = func.__name__
-        if name == "linear":
-            self.macs += out.numel() * args[1].shape[1]
-        elif name in ("conv2d", "conv3d"):
-            self.macs += out.numel() * args[1][0].numel()                     # zeros of the padding count, too
+        out, name = func(*args, **(kwargs or {})), func.__name__
+        if name in ("linear", "conv2d", "conv3d"):
+            self.macs += out.numel() * args[1][0].numel()     # zeros of the padding count, too
+            if name == "linear":
+                self.width = out.shape[-1] // 3               # heads * C, if this is a joint qkv
         elif name in ("matmul", "__matmul__"):
             self.macs += out.numel() * args[0].shape[-1]
         elif name == "einsum":
-            sizes = {}
-            for letters, x in zip(args[0].split("->")[0].split(","), args[1:]):
-                sizes.update(zip(letters, x.shape))
+            letters = args[0].split("->")[0].split(",")
+            sizes = {k: n for axes, x in zip(letters, args[1:]) for k, n in zip(axes, x.shape)}
             self.macs += math.prod(sizes.values())
-        elif name == "scaled_dot_product_attention":
-            # q k^T and attn v at the heads' own width: mvit.py appends relative positions and padding to q, k and v,
-            # and the einsums that make those are already what the release pays for relative positions.
-            q, k = args[:2]
-            self.macs += 2 * q.shape[0] * q.shape[-2] * k.shape[-2] * self.width
+        elif name == "scaled_dot_product_attention":          # mvit.py widens q, k and v after qkv
+            self.macs += 2 * args[0].shape[0] * args[0].shape[-2] * args[1].shape[-2] * self.width
         elif name == "layer_norm":
             self.normed += out.numel()
         return out
 
 
+@torch.no_grad()
 def count_flops(model, x_shape):
-    """Parameters and FLOPs of one forward pass.
+    """One forward pass of a classifier, a trunk, or a MaskFeat (without its target) on the meta device.
 
-    model: a classifier or trunk (mvit.py, vit.py) on any device, or a MaskFeat (maskfeat.py), of which the encoder and
-        head are counted, not the target. Attention modules are known by their joint `qkv`.
-    x_shape: (B, 3, T, H, W) or (B, 3, H, W); B = 1 gives the paper's figures, which are of one view.
-    Returns {"flops": all, "macs": without LayerNorms, "parameters": count}, integers. Raises ValueError if x_shape has
-    too few or too many axes. Nothing is computed, `model` stays as it is: a copy without data runs on the meta device.
+    x_shape: (B, 3, T, H, W) or (B, 3, H, W). The paper's figures are of one view, B = 1.
+    Returns {"flops": all, "macs": without LayerNorms, "parameters": count}, integers.
     """
-    with torch.no_grad():
-        empty = {id(x): torch.empty_like(x, device="meta") for x in [*model.parameters(), *model.buffers()]}
-        shell = copy.deepcopy(model, empty).eval()                            # takes the empty tensors for its own
-    trunk = getattr(shell, "encoder", shell)
-    stem = trunk.patch_embed.proj.weight                                      # (D, 3, 3, 7, 7) or (D, 3, 16, 16)
-    if len(x_shape) != stem.ndim:
-        raise ValueError(f"x_shape={tuple(x_shape)}: give (1, 3, {'T, ' if stem.ndim == 5 else ''}H, W)")
-
-    counter = Counter()
-    for module in shell.modules():
-        if hasattr(module, "qkv"):
-            module.register_forward_pre_hook(counter.see_width)
-    x = torch.empty(x_shape, dtype=stem.dtype, device="meta")
-    with torch.no_grad(), counter:
-        if trunk is shell:
-            shell(x)
-        else:
-            tokens, _ = trunk.encode(*trunk.embed(x))                         # masking costs nothing
+    tensors = [*model.parameters(), *model.buffers()]         # `shell` is a copy without data
+    shell = copy.deepcopy(model, {id(x): torch.empty_like(x, device="meta") for x in tensors})
+    x, trunk = torch.empty(x_shape, device="meta"), getattr(shell.eval(), "encoder", None)
+    with Counter() as counter:
+        tokens = trunk.encode(*trunk.embed(x))[0] if trunk else shell(x)
+        if trunk:
             shell.head(shell.norm(tokens[:, 1:]))
-    parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("target."))
-    return {"flops": counter.macs + 5 * counter.normed, "macs": counter.macs, "parameters": parameters}
+    own = [p for name, p in model.named_parameters() if not name.startswith("target.")]
+    return {"flops": counter.macs + 5 * counter.normed, "macs": counter.macs,
+            "parameters": sum(p.numel() for p in own)}
 
 
+@torch.no_grad()
 def target_flops(model, x, target_input=None):
-    """FLOPs of a MaskFeat's target of the samples in x, counted as those of the student. A teacher
-    runs."""
-    counter = Counter()
-    hooks = [module.register_forward_pre_hook(counter.see_width)
-             for module in model.target.modules() if hasattr(module, "qkv")]
-    with torch.no_grad(), counter:
+    """FLOPs of the target that a MaskFeat computes for the samples x. A teacher runs."""
+    with Counter() as counter:
         model.compute_target(x, target_input)
-    for hook in hooks:
-        hook.remove()
     return counter.macs + 5 * counter.normed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="+", choices=models.MODELS, default=list(models.MODELS))
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--expand", choices=("mlp", "attn"), default="mlp", help="see mvit.py")
+    parser.add_argument("--num-classes", type=int, default=400)
+    args = parser.parse_args()
+    size = args.image_size, args.image_size
+    for name in args.model:
+        recipe = dict(model=name, num_classes=args.num_classes, image_size=size, pool="mean",
+                      num_frames=args.frames, patch_size=16, expand=args.expand, drop_path=0.0,
+                      checkpointing=False)
+        with torch.device("meta"):
+            model = models.build_classifier(recipe)
+        clip = [args.frames] if models.takes_clips(name) else []
+        cost = count_flops(model, (1, 3, *clip, *size))
+        print(f"{name}: {cost['parameters']:,} parameters, {cost['flops'] / 1e9:.2f} GFLOPs, "
+              f"{cost['macs'] / 1e9:.2f} without LayerNorm")
+
+
+if __name__ == "__main__":
+    main()
