@@ -2,16 +2,15 @@
 
 Paper: Wei et al., Masked Feature Prediction, CVPR 2022, Sec. 4 and 5.
 Release: SlowFast's Kinetics, SSv2 and ImageNet loaders with the MaskFeat settings. Differences:
-- images and clips stay uint8, a quarter of the bytes; the training scripts normalize them;
-- a random number depends on (seed, epoch, index) only, so the number of workers, processes or restarts
+- Samples stay uint8, a quarter of the bytes. The scripts normalize them on the device.
+- A random number depends on (seed, epoch, index) only. The number of workers, processes or restarts
   changes no sample.
 
-    python data.py --check DIR       decode every file under DIR; exit status 1 if one is unusable
+    python data.py --check DIR      # decode every file under DIR; exit status 1 if one is unusable
 """
 
 import argparse
 import atexit
-import errno
 import functools
 import itertools
 import math
@@ -28,34 +27,22 @@ import torch.nn.functional as F
 from PIL import Image
 
 import layouts
-from video import (
-    MAY_LACK,
-    UnreadableFile,
-    check_file_limit,
-    clip_times,
-    frame_rate,
-    open_video,
-    picture_size,
-    read_at,
-    read_clip,
-    read_image,
-    read_moments,
-    segment_times,
-)
+import video
+from video import UnreadableFile, picture_size, read_clip, read_image, read_moments  # noqa: F401
 
 ATTEMPTS = 10        # files tried for one sample before giving up
 PREFETCH = 2         # batches that a worker prepares ahead
 BATCH_TIMEOUT = 600  # s that a batch may take
-SHARED_MEMORY_REMEDY = "give it more (docker run --shm-size=2g or --ipc=host) or use fewer --workers"
+MORE_SHARED_MEMORY = "give it more (docker run --shm-size=2g or --ipc=host) or use fewer --workers"
 
 
-# ---------------------------------------------------------------- crops
+# -------------------------------------------------------------------------------------------- crops
 
 
 def random_resized_crop_box(height, width, rng, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
-    """Draws (top, left, h, w) in pixels: area by a share in `scale`, aspect w/h log-uniform in `ratio`.
+    """Draws (top, left, h, w) in pixels: area by a share in scale, aspect w/h log-uniform in ratio.
 
-    After ten boxes that do not fit: the largest centered box with an aspect in `ratio`. Release.
+    After ten boxes that do not fit: the largest centered box with an aspect in ratio. Release.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
@@ -68,31 +55,31 @@ def random_resized_crop_box(height, width, rng, scale=(0.5, 1.0), ratio=(3 / 4, 
 
 def center_box(height, width, aspect):
     """The largest centered box (top, left, h, w) of aspect w/h."""
-    h, w = min(height, max(round(width / aspect), 1)), min(width, max(round(height * aspect), 1))
+    h = min(height, max(round(width / aspect), 1))
+    w = min(width, max(round(height * aspect), 1))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
 def crop_resize(frames, box, size, resample=Image.BICUBIC):
-    """Cuts a box out of a clip or an image and scales it.
+    """Cuts a box (top, left, h, w) out of a clip or an image and scales it to size (H, W).
 
-    frames: (T, 3, H, W) uint8, scaled bilinearly without antialiasing (release), or a PIL image, scaled by
-    `resample` (release: bicubic).
-    box: (top, left, h, w). size: (H, W).
-    Returns uint8 (T, 3, *size) or (3, *size).
+    frames: (T, 3, H, W) uint8, scaled bilinearly without antialiasing (release), or a PIL image,
+    scaled by `resample` (release: bicubic). Returns uint8 (T, 3, *size) or (3, *size).
     """
     top, left, h, w = box
     if isinstance(frames, Image.Image):
-        image = frames.crop((left, top, left + w, top + h)).resize((size[1], size[0]), resample)
+        image = frames.crop((left, top, left + w, top + h)).resize(size[::-1], resample)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     crop = frames[:, :, top:top + h, left:left + w].float()
-    return F.interpolate(crop, size, mode="bilinear", align_corners=False).round_().to(torch.uint8)
+    crop = F.interpolate(crop, size, mode="bilinear", align_corners=False)
+    return crop.round_().to(torch.uint8)
 
 
 def crop_flip(frames, box, size, flip):
     """A crop as the input of a model, mirrored if flip: uint8 (3, T, *size) or (3, *size)."""
     x = crop_resize(frames, box, size)
     if x.ndim == 4:
-        x = x.transpose(0, 1).contiguous()  # before the flip, which is slow on interleaved colors
+        x = x.transpose(0, 1).contiguous()      # before the flip, which is slow on the other layout
     return x.flip(-1) if flip else x
 
 
@@ -108,56 +95,59 @@ def picture_shape(frames):
     return frames.size[::-1] if isinstance(frames, Image.Image) else tuple(frames.shape[-2:])
 
 
-# ---------------------------------------------------------------- what targets need beside the input
+# --------------------------------------------------------------- what targets need beside the input
 
 
 def find_maps(paths, folder=""):
-    """Path of the label map of each image: <folder>/<the image's folder>/<stem>.pt (Token Labeling).
+    """Paths of the label maps of images: <folder>/<the image's folder>/<stem>.pt (Token Labeling).
 
     The stem ends at the first dot. Without a folder the maps lie beside the images.
     Raises FileNotFoundError if any is missing.
     """
-    maps, names = [], {}  # names: one listing per folder, since a million look-ups are slow
+    maps, names = [], {}                        # names: one listing per folder, not a look-up each
     for path in paths:
         place, name = os.path.split(path)
         place = os.path.join(folder, os.path.basename(place)) if folder else place
         if place not in names:
             names[place] = set(os.listdir(place)) if os.path.isdir(place) else set()
-        maps.append(os.path.join(place, name.split(".")[0] + ".pt"))
-    missing = [path for path in maps if os.path.basename(path) not in names[os.path.dirname(path)]]
+        maps.append((place, name.split(".")[0] + ".pt"))
+    missing = [os.path.join(*item) for item in maps if item[1] not in names[item[0]]]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} of {len(maps)} images have no label map, such as {missing[0]}: "
-                                "name the folder of the maps with --teacher, or put them beside the images")
-    return maps
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(maps)} images have no label map, such as {missing[0]}: name "
+            "the folder of the maps with --teacher, or put them beside the images")
+    return [os.path.join(*item) for item in maps]
 
 
 def read_map(path, classes, shape=None):
-    """A label map: (2, 5, H, W) float, top-5 scores and their classes, of `shape` if given. Raises UnreadableFile."""
+    """A label map (2, 5, H, W) float: top-5 scores and their classes. Raises UnreadableFile."""
     try:
         x = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file can raise anything
+    except Exception as error:                  # a damaged or hostile file can raise anything
         raise UnreadableFile(path, str(error).partition("\n")[0]) from error
     found = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
     if len(found) != 4 or found[:2] != (2, 5) or shape and found != shape:
-        raise UnreadableFile(path, f"it holds {found}, not a label map of {shape or '(2, 5, H, W)'}")
-    if not 0 <= x[1].min() <= x[1].max() < classes:
-        raise UnreadableFile(path, f"it has classes {x[1].min():g} to {x[1].max():g} of {classes}: see --label-classes")
+        raise UnreadableFile(path, f"it holds {found}, no label map of {shape or '(2, 5, H, W)'}")
+    low, high = x[1].min(), x[1].max()
+    if not 0 <= low <= high < classes:
+        raise UnreadableFile(
+            path, f"it has classes {low:g} to {high:g} of {classes}: see --label-classes")
     return x.float()
 
 
 def target_inputs(target, paths, grid, frame_stride=1, folder=""):
     """The arguments of PretrainDataset by a target's input_kind (targets.py).
 
-    grid: (h, w) of tokens. frame_stride: frames per token. folder: of the label maps, see `find_maps`.
+    grid: (h, w) of tokens. frame_stride: frames per token. folder: of the maps, see `find_maps`.
     """
-    if target.input_kind == "view":
-        return {"view_size": tuple(8 * n for n in grid), "view_stride": frame_stride}  # dVAE: 8 pixels a token
+    if target.input_kind == "view":             # dVAE: 8 pixels per token
+        return {"view_size": tuple(8 * n for n in grid), "view_stride": frame_stride}
     if target.input_kind == "labels":
         return {"maps": find_maps(paths, folder), "map_classes": target.dim}
     return {}
 
 
-# ---------------------------------------------------------------- samples
+# ------------------------------------------------------------------------------------------ samples
 
 
 def sample_rng(seed, epoch, index, purpose=""):
@@ -168,14 +158,16 @@ def sample_rng(seed, epoch, index, purpose=""):
 def check_kind(kind, num_frames):
     """Raises ValueError unless num_frames is a number for videos and None for images."""
     if (kind == "video") != (num_frames is not None):
-        raise ValueError(f"num_frames={num_frames} does not go with {kind} data: a number for videos, "
-                         "None for images; or choose another recipe or data folder")
+        raise ValueError(
+            f"num_frames={num_frames} does not go with {kind} data: a number for videos, None for "
+            "images; or choose another recipe or data folder")
 
 
 def read_or_replace(read, index, count, rng):
-    """read(i) of sample `index`, or of one of the other `count` drawn from rng if its file is unreadable.
+    """read(index), or of another of `count` samples, drawn from rng, if that file is unreadable.
 
-    Returns (what was read, its i, [(path, reason) of the unreadable]). Raises ValueError after ATTEMPTS files.
+    Returns (what was read, its index, [(path, reason)] of the unreadable files).
+    Raises ValueError after ATTEMPTS files.
     """
     unreadable = []
     while len(unreadable) < ATTEMPTS:
@@ -184,39 +176,37 @@ def read_or_replace(read, index, count, rng):
         except UnreadableFile as error:
             unreadable.append((error.path, error.reason))
         index = (index + 1 + rng.randrange(max(count - 1, 1))) % count
-    raise ValueError(f"{ATTEMPTS} files in a row are unreadable, check with python data.py --check DIR: "
-                     + "; ".join(f"{path} ({reason})" for path, reason in unreadable))
+    raise ValueError(
+        f"{ATTEMPTS} files in a row are unreadable, check with python data.py --check DIR: "
+        + "; ".join(f"{path} ({reason})" for path, reason in unreadable))
 
 
 class PretrainDataset(torch.utils.data.Dataset):
-    """Clips or images with masks, indexed by (epoch, index): random crop, flip, and what a target needs.
+    """Masked clips or images, indexed by (epoch, index): random crop, flip, what a target needs.
 
     samples: layouts.Samples. image_size: (H, W). num_frames: T of a clip, None for images.
-    mask: rng -> bool array, or None. scale, ratio, flip: random resized crop and chance of a flip (release).
-    view_size: (h, w) of a second view, the same crop and flip by Lanczos (BEiT), of every view_stride-th frame.
+    mask: rng -> bool array, or None. scale: area of a crop. flip: its chance (both release).
+    view_size: (h, w) of a second view of every view_stride-th frame, same crop, by Lanczos (BEiT).
     maps: the file of each sample's label map, with classes below map_classes.
     An item is a dict of
         "x" uint8 (3, T, H, W) or (3, H, W), "label" int, "index" int, "mask" bool (if any),
-        "unreadable" [(path, reason)]: files that another sample, drawn from the same stream, replaces,
+        "unreadable" [(path, reason)] of the files that another sample replaces,
         "view" uint8 (t, 3, h, w) (if view_size),
-        "labels" float32 (3, 5, H, W) (if maps): the map, flipped like x, and a plane whose first four numbers
-        are the crop (top, left, h, w) in fractions of the flipped image.
+        "labels" float32 (3, 5, H, W) (if maps): the map, flipped like x, and a plane whose first
+        four numbers are the crop (top, left, h, w) in fractions of the flipped image.
     """
 
-    def __init__(self, samples, image_size, num_frames=None, sampling_rate=4, mask=None, seed=0, scale=(0.5, 1.0),
-                 ratio=(3 / 4, 4 / 3), flip=0.5, short_side=256, view_size=None, view_stride=1, maps=None,
-                 map_classes=1000):
+    def __init__(self, samples, image_size, num_frames=None, sampling_rate=4, mask=None, seed=0,
+                 scale=(0.5, 1.0), flip=0.5, short_side=256, view_size=None, view_stride=1,
+                 maps=None, map_classes=1000):
         check_kind(samples.kind, num_frames)
         self.samples, self.image_size, self.num_frames = samples, tuple(image_size), num_frames
-        self.sampling_rate, self.mask, self.seed, self.short_side = sampling_rate, mask, seed, short_side
-        self.scale, self.ratio, self.flip = scale, ratio, flip
-        self.view_size, self.view_stride, self.maps, self.map_classes = view_size, view_stride, maps, map_classes
-        self.map_shape = tuple(read_map(maps[0], map_classes).shape) if maps else None  # all are stacked
+        self.sampling_rate, self.mask, self.seed = sampling_rate, mask, seed
+        self.scale, self.flip, self.short_side = scale, flip, short_side
+        self.view_size, self.view_stride = view_size, view_stride
+        self.maps, self.map_classes = maps, map_classes
+        self.map_shape = tuple(read_map(maps[0], map_classes).shape) if maps else None
         self.item_bytes = 3 * (num_frames or 1) * math.prod(image_size)
-        if view_size:
-            self.item_bytes += 3 * math.ceil((num_frames or 1) / view_stride) * math.prod(view_size)
-        if maps:
-            self.item_bytes += 4 * 3 * math.prod(self.map_shape[1:])
 
     def __len__(self):
         return len(self.samples)
@@ -226,35 +216,39 @@ class PretrainDataset(torch.utils.data.Dataset):
         rng = sample_rng(self.seed, epoch, index)
         (frames, label_map), chosen, unreadable = read_or_replace(
             lambda i: self.read(i, rng), index, len(self), rng)
-        box = random_resized_crop_box(*picture_shape(frames), rng, self.scale, self.ratio)
+        box = random_resized_crop_box(*picture_shape(frames), rng, self.scale)
         item = self.view(frames, label_map, box, rng.random() < self.flip)
         item |= {"label": self.samples.labels[chosen], "index": index, "unreadable": unreadable}
-        if self.mask is not None:  # a stream of its own, so that other crops leave the masks as they are
+        if self.mask is not None:               # a stream of its own: other crops, the same masks
             item["mask"] = torch.from_numpy(self.mask(sample_rng(self.seed, epoch, index, "mask")))
         return item
 
     def center(self, index):
-        """The item of the middle clip and the largest centered crop, with nothing random and no mask."""
+        """The item of the middle clip and the largest centered crop. Nothing is random."""
         frames, label_map = self.read(index)
-        return self.view(frames, label_map, center_box(*picture_shape(frames), self.image_size[1] / self.image_size[0]))
+        H, W = self.image_size
+        return self.view(frames, label_map, center_box(*picture_shape(frames), W / H))
 
     def read(self, index, rng=None):
-        """(frames, label map or None) of one sample; frames (T, 3, H, W) uint8 at a random place, or PIL RGB."""
-        path = self.samples.paths[index]
+        """(frames, label map or None); frames (T, 3, H, W) uint8 at a random place, or PIL RGB."""
+        path, label_map = self.samples.paths[index], None
         if self.num_frames:
             position = rng.random() if rng else 0.5
-            frames = read_clip(path, self.num_frames, self.sampling_rate, position, self.short_side)
+            frames = read_clip(
+                path, self.num_frames, self.sampling_rate, position, self.short_side)
         else:
             frames = read_image(path)
-        return frames, read_map(self.maps[index], self.map_classes, self.map_shape) if self.maps else None
+        if self.maps:
+            label_map = read_map(self.maps[index], self.map_classes, self.map_shape)
+        return frames, label_map
 
     def view(self, frames, label_map, box, flip=False):
-        """"x", and "view" and "labels" if wanted, of one crop."""
-        item = {"x": crop_flip(frames, box, self.image_size, flip).contiguous()}
+        """"x", and "view" and "labels" if asked for, of one crop."""
+        item = {"x": crop_flip(frames, box, self.image_size, flip)}
         if self.view_size:
-            pictures = to_pictures(frames)[::self.view_stride]
-            view = torch.stack([crop_resize(picture, box, self.view_size, Image.LANCZOS) for picture in pictures])
-            item["view"] = view.flip(-1) if flip else view                     # (t, 3, h, w)
+            view = torch.stack([crop_resize(picture, box, self.view_size, Image.LANCZOS)
+                                for picture in to_pictures(frames)[::self.view_stride]])
+            item["view"] = view.flip(-1) if flip else view                    # (t, 3, h, w)
         if label_map is not None:
             height, width = picture_shape(frames)
             top, left, h, w = box[0] / height, box[1] / width, box[2] / height, box[3] / width
@@ -266,23 +260,25 @@ class PretrainDataset(torch.utils.data.Dataset):
 
 
 class FinetuneDataset(torch.utils.data.Dataset):
-    """R augmented views of each labeled clip or image, indexed by (epoch, index). See PretrainDataset.
+    """R augmented views of each labeled clip or image, indexed by (epoch, index).
 
-    repeats: R, the file is decoded once (release: NUM_SAMPLE).
-    segments: a random moment in each of T equal parts of the video instead of a clip (release: SSv2).
-    augment: (list of PIL RGB images, rng) -> the same, of a whole clip before its crop, of an image after (release).
-    erase: (H, W, rng) -> box (top, left, h, w) that the training step is to fill with noise from a seed.
-    An item is a dict of "x" uint8 (R, 3, T, H, W) or (R, 3, H, W), "label" and "index" int64 (R,), "unreadable",
-    and with erase "boxes" int64 (R, 4) and "seeds" int64 (R,). `collate_repeats` joins them.
+    Arguments as of PretrainDataset, and
+    repeats: R. The file is decoded once (release: NUM_SAMPLE).
+    segments: a random moment in each of T equal parts of the video, not a clip (release: SSv2).
+    augment: (list of PIL images, rng) -> the same. Release: of a clip before its crop, of an image
+    after it. erase: (H, W, rng) -> box (top, left, h, w) that the step fills with noise of a seed.
+    An item is a dict of "x" uint8 (R, 3, T, H, W) or (R, 3, H, W), "label" and "index" (R,),
+    "unreadable", and with erase "boxes" int64 (R, 4) and "seeds" int64 (R,).
     """
 
-    def __init__(self, samples, image_size, num_frames=None, sampling_rate=4, seed=0, scale=(0.5, 1.0),
-                 ratio=(3 / 4, 4 / 3), flip=0.5, short_side=256, segments=False, augment=None, erase=None, repeats=1):
+    def __init__(self, samples, image_size, num_frames=None, sampling_rate=4, seed=0,
+                 scale=(0.5, 1.0), flip=0.5, short_side=256, segments=False, augment=None,
+                 erase=None, repeats=1):
         check_kind(samples.kind, num_frames)
         self.samples, self.image_size, self.num_frames = samples, tuple(image_size), num_frames
-        self.sampling_rate, self.seed, self.short_side = sampling_rate, seed, short_side
-        self.scale, self.ratio, self.flip, self.segments = scale, ratio, flip, segments
-        self.augment, self.erase, self.repeats = augment, erase, repeats
+        self.sampling_rate, self.seed, self.scale, self.flip = sampling_rate, seed, scale, flip
+        self.short_side, self.segments, self.augment = short_side, segments, augment
+        self.erase, self.repeats = erase, repeats
         self.item_bytes = repeats * 3 * (num_frames or 1) * math.prod(image_size)
 
     def __len__(self):
@@ -293,14 +289,15 @@ class FinetuneDataset(torch.utils.data.Dataset):
         rng = sample_rng(self.seed, epoch, index)
         frames, chosen, unreadable = read_or_replace(
             lambda i: self.read(self.samples.paths[i], rng), index, len(self), rng)
-        # The first view goes on with the sample's own stream, so it is the same for any number of repeats.
-        rngs = [rng] + [sample_rng(self.seed, epoch, index, f"view {r}") for r in range(1, self.repeats)]
-        item = {"x": torch.stack([self.view(frames, view_rng) for view_rng in rngs]),
+        # The first view goes on with the sample's stream: it is the same for any number of repeats.
+        rngs = [rng] + [sample_rng(self.seed, epoch, index, f"view {r}")
+                        for r in range(1, self.repeats)]
+        item = {"x": torch.stack([self.view(frames, rng) for rng in rngs]),
                 "label": torch.full((self.repeats,), self.samples.labels[chosen]),
                 "index": torch.full((self.repeats,), index), "unreadable": unreadable}
         if self.erase is not None:
-            item["boxes"] = torch.tensor([self.erase(*self.image_size, view_rng) for view_rng in rngs])  # (R, 4)
-            item["seeds"] = torch.tensor([view_rng.getrandbits(63) for view_rng in rngs])                # (R,)
+            item["boxes"] = torch.tensor([self.erase(*self.image_size, rng) for rng in rngs])
+            item["seeds"] = torch.tensor([rng.getrandbits(63) for rng in rngs])
         return item
 
     def read(self, path, rng):
@@ -310,21 +307,23 @@ class FinetuneDataset(torch.utils.data.Dataset):
         if self.segments:
             places = [rng.random() for _ in range(self.num_frames)]
             return read_clip(path, self.num_frames, short_side=self.short_side, places=places)
-        return read_clip(path, self.num_frames, self.sampling_rate, rng.random(), self.short_side)
+        return read_clip(
+            path, self.num_frames, self.sampling_rate, rng.random(), self.short_side)
 
     def view(self, frames, rng):
         """One augmented view of what `read` returned: (3, T, H, W) or (3, H, W) uint8."""
         if self.augment and self.num_frames:
-            frames = self.augmented(to_pictures(frames), rng)
-        box = random_resized_crop_box(*picture_shape(frames), rng, self.scale, self.ratio)
+            frames = self.augmented(frames, rng)
+        box = random_resized_crop_box(*picture_shape(frames), rng, self.scale)
         x = crop_flip(frames, box, self.image_size, rng.random() < self.flip)
         if self.augment and not self.num_frames:
-            x = self.augmented(to_pictures(x[None]), rng)[0]
+            x = self.augmented(x[None], rng)[0]
         return x
 
-    def augmented(self, pictures, rng):
-        """The pictures after one call of `augment`, (T, 3, H, W) uint8."""
-        return torch.from_numpy(np.stack(self.augment(pictures, rng))).permute(0, 3, 1, 2)
+    def augmented(self, frames, rng):
+        """(T, 3, H, W) uint8 after one call of `augment`."""
+        pictures = self.augment(to_pictures(frames), rng)
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
 def normalize(x, mean, std):
@@ -334,27 +333,27 @@ def normalize(x, mean, std):
     return x.float().div(255).sub(mean).div(std)
 
 
-# ---------------------------------------------------------------- views for a test
+# --------------------------------------------------------------------------------- views for a test
 
 
 def check_views(clips, crops, crop_ratio):
     """Raises ValueError for views that cannot be cut."""
     if clips < 1 or crops not in (1, 3) or not 0 < crop_ratio <= 1:
-        raise ValueError(f"clips={clips}, crops={crops}, crop_ratio={crop_ratio}: use 1 or more clips, "
-                         "1 or 3 crops and a ratio in (0, 1]")
+        raise ValueError(f"clips={clips}, crops={crops}, crop_ratio={crop_ratio}: use 1 or more "
+                         "clips, 1 or 3 crops and a ratio in (0, 1]")
 
 
-def read_views(path, image_size, num_frames=None, sampling_rate=4, clips=1, crops=1, crop_ratio=0.875,
-               segments=False):
-    """All views of one file for a test. Nothing is random. The file is decoded once.
+def read_views(path, image_size, num_frames=None, sampling_rate=4, clips=1, crops=1,
+               crop_ratio=0.875, segments=False):
+    """All views of one file for a test, decoded once. Nothing is random.
 
     num_frames: T of a video, None for an image. image_size: (H, W).
-    clips: evenly spread from the beginning to the end of the video; 1 is the middle. With segments, a clip is
-    a moment in each of T equal parts of the video, their midpoints for one clip.
-    crops: 1 is the center of the picture scaled to cover image_size / crop_ratio. 3 are left, center and right
-    (top, middle and bottom of an upright picture) of the picture scaled to cover image_size.
-    Returns uint8 (clips*crops, 3, T, H, W), clip by clip, or (crops, 3, H, W). Images are scaled bicubically
-    (release). Raises UnreadableFile, or ValueError by `check_views`.
+    clips: spread evenly from the beginning of the video to its end, 1 is the middle. With segments
+    a clip is a moment in each of T equal parts of the video, their midpoints if it is the only one.
+    crops: 1 is the center of the picture scaled to cover image_size / crop_ratio. 3 are left,
+    center and right (or top, middle, bottom) of the picture scaled to cover image_size.
+    Returns uint8 (clips*crops, 3, T, H, W), clip by clip, or (crops, 3, H, W). Images are scaled
+    bicubically (release). Raises UnreadableFile, or ValueError by `check_views`.
     """
     check_views(clips, crops, crop_ratio)
     H, W = image_size
@@ -362,43 +361,46 @@ def read_views(path, image_size, num_frames=None, sampling_rate=4, clips=1, crop
 
     def moments(first, duration):
         if segments:
-            each = [segment_times(first, duration, [(c + 0.5) / clips] * num_frames) for c in range(clips)]
-        else:  # release: the last clip ends with the video
-            each = [clip_times(first, duration, num_frames, sampling_rate, c / (clips - 1) if clips > 1 else 0.5)
+            each = [video.segment_times(first, duration, [(c + 0.5) / clips] * num_frames)
                     for c in range(clips)]
+        else:                                   # release: the last clip ends with the video
+            each = [video.clip_times(first, duration, num_frames, sampling_rate,
+                                     c / (clips - 1) if clips > 1 else 0.5) for c in range(clips)]
         return sum(each, [])
 
     if num_frames:
-        frames = read_at(path, moments, min_size)                          # (clips*T, 3, h, w)
+        frames = video.read_at(path, moments, min_size)                        # (clips*T, 3, h, w)
     else:
         image = read_image(path)
         scale = max(min_size[0] / image.height, min_size[1] / image.width)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-        frames = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, h, w)
-    top, left = frames.shape[2] - H, frames.shape[3] - W                   # free; with 3 crops on one axis
-    x = torch.stack([frames[:, :, top * k // 2:top * k // 2 + H, left * k // 2:left * k // 2 + W]
-                     for k in ((0, 1, 2) if crops == 3 else (1,))], 1)     # (clips*T, crops, 3, H, W)
+        image = image.resize((round(image.width * scale), round(image.height * scale)),
+                             Image.BICUBIC)
+        frames = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]      # (1, 3, h, w)
+    top, left = frames.shape[2] - H, frames.shape[3] - W                       # pixels left free
+    x = torch.stack([
+        frames[:, :, top * k // 2:top * k // 2 + H, left * k // 2:left * k // 2 + W]
+        for k in ((0, 1, 2) if crops == 3 else (1,))], 1)                # (clips*T, crops, 3, H, W)
     if not num_frames:
         return x[0]
     return x.unflatten(0, (clips, num_frames)).permute(0, 2, 3, 1, 4, 5).flatten(0, 1).contiguous()
 
 
 class ViewDataset(torch.utils.data.Dataset):
-    """Item i is all views of file i, for validation and test. The arguments are those of `read_views`.
+    """Item i is all views of file i, for validation and test. Arguments as of `read_views`.
 
-    views: how many there are of a file. An item is a dict of "x" as there, "label" int, "index" int and
-    "unreadable", which is empty or [(path, reason)]; x is then zero: a test counts every file.
+    views: their number per file. An item is a dict of "x" as there, "label" int, "index" int and
+    "unreadable": [], or [(path, reason)] and x is zero, since a test counts every file.
     """
 
-    def __init__(self, samples, image_size, num_frames=None, sampling_rate=4, clips=1, crops=1, crop_ratio=0.875,
-                 segments=False):
+    def __init__(self, samples, image_size, num_frames=None, sampling_rate=4, clips=1, crops=1,
+                 crop_ratio=0.875, segments=False):
         check_kind(samples.kind, num_frames)
         check_views(clips, crops, crop_ratio)
         self.samples, self.clips, self.crops = samples, clips if num_frames else 1, crops
         self.views = self.clips * crops
         self.shape = (self.views, 3, *((num_frames,) if num_frames else ()), *image_size)
         self.item_bytes = math.prod(self.shape)
-        self.arguments = image_size, num_frames, sampling_rate, clips, crops, crop_ratio, segments
+        self.arguments = (image_size, num_frames, sampling_rate, clips, crops, crop_ratio, segments)
 
     def __len__(self):
         return len(self.samples)
@@ -408,61 +410,60 @@ class ViewDataset(torch.utils.data.Dataset):
         try:
             x = read_views(self.samples.paths[index], *self.arguments)
         except UnreadableFile as error:
-            x, unreadable = torch.zeros(self.shape, dtype=torch.uint8), [(error.path, error.reason)]
-        return {"x": x, "label": self.samples.labels[index], "index": index, "unreadable": unreadable}
+            x = torch.zeros(self.shape, dtype=torch.uint8)
+            unreadable = [(error.path, error.reason)]
+        return {"x": x, "label": self.samples.labels[index], "index": index,
+                "unreadable": unreadable}
 
 
-# ---------------------------------------------------------------- batches and loaders
+# ------------------------------------------------------------------------------ batches and loaders
 
 
 class EpochBatches:
-    """Batch sampler for a whole run: lists of (epoch, index), so that the workers live as long as the run.
+    """Batch sampler for a whole run: lists of (epoch, index), so that workers live as long as it.
 
-    batch_size is global. Step s takes the s-th slice of its epoch's permutation, which depends on (seed, epoch)
-    only. A process takes its share of the slice in micro-batches of device_batch (None: one). The rest of an
-    epoch is dropped. start_step: steps done before, to resume. len() is the number of micro-batches left.
+    batch_size is global. Step s takes the s-th slice of its epoch's permutation, which depends on
+    (seed, epoch) only. A process takes its share of the slice in micro-batches of device_batch
+    (None: one). The rest of an epoch is dropped. start_step: steps done before a restart.
     Raises ValueError if the sizes do not divide or an epoch has no full batch.
     """
 
-    def __init__(self, num_samples, batch_size, epochs, seed=0, rank=0, world_size=1, device_batch=None,
-                 start_step=0):
-        if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"batch_size={batch_size} is not a multiple of {world_size} processes; it is global")
-        share = batch_size // world_size
-        device_batch = device_batch or share
-        if share % device_batch:
-            raise ValueError(f"device_batch={device_batch} does not divide the {share} samples of a process "
-                             f"(batch_size={batch_size} over {world_size}); use a divisor of {share}")
-        if num_samples < batch_size:
-            raise ValueError(f"{num_samples} samples do not fill one batch of {batch_size}; "
-                             f"use batch_size <= {num_samples}")
+    def __init__(self, num_samples, batch_size, epochs, seed=0, rank=0, world_size=1,
+                 device_batch=None, start_step=0):
+        self.share = batch_size // world_size
+        self.device_batch = device_batch or self.share
         self.steps_per_epoch = num_samples // batch_size
         self.num_steps = epochs * self.steps_per_epoch
-        if not 0 <= start_step <= self.num_steps:
-            raise ValueError(f"start_step={start_step} is outside the run of {self.num_steps} steps; "
-                             "use more epochs")
+        if batch_size % (world_size * self.device_batch):
+            raise ValueError(f"batch_size={batch_size} is not a multiple of {world_size} processes "
+                             f"x device_batch={self.device_batch}")
+        if not self.steps_per_epoch or not 0 <= start_step <= self.num_steps:
+            raise ValueError(f"start_step={start_step} of {self.num_steps}: {num_samples} samples "
+                             f"fill {self.steps_per_epoch} batches of {batch_size} in an epoch; "
+                             f"use batch_size <= {num_samples}, or more epochs")
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.start_step, self.device_batch = start_step, device_batch
-        self.begin, self.end = rank * share, (rank + 1) * share
+        self.rank, self.start_step = rank, start_step
 
     def __len__(self):
-        return (self.num_steps - self.start_step) * ((self.end - self.begin) // self.device_batch)
+        """The number of micro-batches left."""
+        return (self.num_steps - self.start_step) * (self.share // self.device_batch)
 
     def __iter__(self):
         for step in range(self.start_step, self.num_steps):
-            epoch, slice_number = divmod(step, self.steps_per_epoch)
-            if step == self.start_step or slice_number == 0:
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples).tolist()
-            offset = slice_number * self.batch_size
-            for first in range(offset + self.begin, offset + self.end, self.device_batch):
+            epoch, number = divmod(step, self.steps_per_epoch)
+            if step == self.start_step or number == 0:
+                rng = np.random.default_rng([self.seed, epoch])
+                order = rng.permutation(self.num_samples).tolist()
+            begin = number * self.batch_size + self.rank * self.share
+            for first in range(begin, begin + self.share, self.device_batch):
                 yield [(epoch, index) for index in order[first:first + self.device_batch]]
 
 
 def collate(items, join=torch.stack):
-    """A batch: the entries of the items stacked, (B, ...), and their lists of unreadable files as one list."""
-    batch = {name: join([torch.as_tensor(item[name]) for item in items]) for name in items[0] if name != "unreadable"}
-    batch["unreadable"] = [entry for item in items for entry in item["unreadable"]]
-    return batch
+    """A batch: the entries of the items, stacked; one list of all unreadable files."""
+    batch = {name: join([torch.as_tensor(item[name]) for item in items])
+             for name in items[0] if name != "unreadable"}
+    return batch | {"unreadable": [entry for item in items for entry in item["unreadable"]]}
 
 
 def collate_repeats(items):
@@ -470,58 +471,57 @@ def collate_repeats(items):
     return collate(items, torch.cat)
 
 
+def free_shared_memory():
+    """Bytes free in /dev/shm, through which workers hand over their batches."""
+    status = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
+    return status.f_bavail * status.f_frsize if status else math.inf
+
+
 def check_shared_memory(batch_bytes, workers, prefetch=PREFETCH):
-    """Raises ValueError if the batches that the workers of this machine hold do not fit into /dev/shm."""
-    if not os.path.isdir("/dev/shm"):
-        return
+    """Raises ValueError if /dev/shm has no room for what the workers of all processes prepare."""
     processes, free = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), free_shared_memory()
     if processes * workers * prefetch * batch_bytes > free:
-        raise ValueError(f"{processes} processes x {workers} workers x {prefetch} batches of "
-                         f"{batch_bytes / 2 ** 20:.1f} MB are too much for the {free / 2 ** 20:.1f} MB "
-                         f"free in /dev/shm: {SHARED_MEMORY_REMEDY}")
+        raise ValueError(
+            f"/dev/shm has {free / 2 ** 20:.1f} MB free, too little for {processes} processes x "
+            f"{workers} workers x {prefetch} batches of {batch_bytes / 2 ** 20:.1f} MB: "
+            + MORE_SHARED_MEMORY)
 
 
-def free_shared_memory():
-    """Bytes free in /dev/shm, through which the workers hand over their batches."""
-    status = os.statvfs("/dev/shm")
-    return status.f_bavail * status.f_frsize
-
-
-def _tensors(batch):
+def tensors_of(batch):
     """All tensors in nested dicts and lists."""
     if isinstance(batch, torch.Tensor):
         yield batch
-    elif isinstance(batch, (dict, list, tuple)):
+    elif isinstance(batch, (dict, list)):
         for part in batch.values() if isinstance(batch, dict) else batch:
-            yield from _tensors(part)
+            yield from tensors_of(part)
 
 
-def _collate_shared(collate, items):
-    """`collate`, and in a worker the move into shared memory.
+def collate_in_worker(collate, items):
+    """`collate`, then the move into shared memory, if in a worker.
 
-    The worker's queue would move the tensors in a thread whose errors nobody sees.
+    The queue of a worker would move the tensors in a thread whose errors nobody sees.
     """
     batch = collate(items)
     if torch.utils.data.get_worker_info() is not None:
         try:
-            for tensor in _tensors(batch):
+            for tensor in tensors_of(batch):
                 tensor.share_memory_()
         except RuntimeError as error:
             if "Too many open files" in str(error):
-                check_file_limit(OSError(errno.EMFILE, ""))
-            raise OSError(f"no room for a batch in /dev/shm, {free_shared_memory() / 2 ** 20:.1f} MB are free: "
-                          f"{SHARED_MEMORY_REMEDY}") from error
+                raise video.out_of_files() from error
+            raise OSError(f"no room for a batch in /dev/shm, {free_shared_memory() / 2 ** 20:.1f} "
+                          f"MB are free: {MORE_SHARED_MEMORY}") from error
     return batch
 
 
-def _start_worker(worker_id):
-    """A signal to the whole process group must not end the workers: the parent saves first, then kills them."""
+def start_worker(worker_id):
+    """A signal to the whole process group spares the workers: the parent saves, then kills them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
-def _kill(workers):
+def kill(workers):
     """Ends loader processes at once, also those that hang."""
     workers = [worker for worker in workers if worker.is_alive()]
     if workers:
@@ -534,9 +534,9 @@ def _kill(workers):
 
 
 class Loader:
-    """A DataLoader whose workers end with the iteration, however that ends, and whose failures are one line.
+    """A DataLoader whose workers end with the iteration, however that ends.
 
-    Iterating raises OSError if a worker dies or a batch takes longer than BATCH_TIMEOUT seconds.
+    Iterating raises OSError, one line, if a worker dies or a batch takes longer than BATCH_TIMEOUT.
     """
 
     def __init__(self, loader):
@@ -547,122 +547,129 @@ class Loader:
 
     def __iter__(self):
         before = multiprocessing.active_children()
-        iterator = iter(self.loader)
-        workers = [child for child in multiprocessing.active_children() if child not in before]
-        kill = functools.partial(_kill, workers)
-        atexit.register(kill)  # Python waits for its children at exit, and they ignore SIGTERM
+        batches = iter(self.loader)
+        started = [child for child in multiprocessing.active_children() if child not in before]
+        kill_started = functools.partial(kill, started)
+        atexit.register(kill_started)           # Python waits at exit for its children to end
+        number = 0
         try:
-            for number in itertools.count():
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    return
-                except RuntimeError as error:
-                    raise self.explained(error, number) from error
+            for batch in batches:
                 yield batch
+                number += 1
+        except RuntimeError as error:
+            raise self.explain(error, number) from error
         finally:
-            kill()
-            atexit.unregister(kill)
+            kill_started()
+            atexit.unregister(kill_started)
 
-    def explained(self, error, number):
-        """The error for what went wrong while waiting for batch `number`."""
-        message = str(error)
-        if "timed out" in message:
-            keys = next(itertools.islice(self.loader.batch_sampler, number, None), [])
-            indices = [key[1] if isinstance(key, tuple) else key for key in keys][:3]
+    def explain(self, error, number):
+        """The error to raise for a RuntimeError of the DataLoader at batch `number`."""
+        text = str(error)
+        if "timed out" in text:
+            keys = next(itertools.islice(self.loader.batch_sampler, number, None))[:3]
+            indices = [key[1] if isinstance(key, tuple) else key for key in keys]
             samples = getattr(self.loader.dataset, "samples", None)
-            names = samples.paths if samples else range(len(self.loader.dataset))
-            return OSError(f"no batch for {self.loader.timeout} s, a loader process hangs or the storage does; "
-                           f"its files: {', '.join(str(names[i]) for i in indices)}")
-        if "exited unexpectedly" in message or "killed by signal" in message:
-            return OSError(f"a loader process died, perhaps for lack of memory (use fewer --workers): {message}")
+            names = [samples.paths[i] if samples else f"sample {i}" for i in indices]
+            return OSError(f"no batch for {self.loader.timeout} s, a loader process hangs or the "
+                           f"storage does; it reads {', '.join(names)}")
+        if "Too many open files" in text:
+            return video.out_of_files()
+        if "exited unexpectedly" in text or "killed by signal" in text:
+            return OSError(f"a loader process died, try fewer --workers if memory is short: {text}")
         return error
 
 
 def make_loader(dataset, batches, workers, pin_memory=False, collate=collate):
-    """Loader over `batches` (lists of keys of the data set); iterate over EpochBatches once for the whole run.
+    """Loader over `batches`, lists of keys of the data set. Iterate over EpochBatches once.
 
-    workers: processes that read, 0 for none; the batches are the same.
-    Raises ValueError if the batches do not fit into shared memory, judged by `dataset.item_bytes` if it has any.
+    workers: processes that read, 0 for none. They change no batch.
+    Raises ValueError if there is too little shared memory for batches of dataset.item_bytes (if it
+    has any) each, OSError if too few files may be open.
     """
-    options = {"collate_fn": functools.partial(_collate_shared, collate), "pin_memory": pin_memory,
-               "generator": torch.Generator()}  # a pass draws a seed: not from the training's generator
+    options = {"pin_memory": pin_memory,
+               "collate_fn": functools.partial(collate_in_worker, collate),
+               "generator": torch.Generator()}  # a pass draws a seed: not from the training's
     if workers:
-        batch_size = getattr(batches, "device_batch", 0) or max(map(len, batches), default=0)
-        check_shared_memory(batch_size * getattr(dataset, "item_bytes", 0), workers)
-        options |= {"num_workers": workers, "multiprocessing_context": "fork", "timeout": BATCH_TIMEOUT,
-                    "prefetch_factor": PREFETCH, "worker_init_fn": _start_worker}
+        largest = getattr(batches, "device_batch", 0) or max(map(len, batches), default=0)
+        check_shared_memory(largest * getattr(dataset, "item_bytes", 0), workers)
+        if video.file_limit() < 64 + 20 * workers:              # pipes, and a file per tensor
+            raise video.out_of_files()
+        options |= {"num_workers": workers, "multiprocessing_context": "fork",
+                    "prefetch_factor": PREFETCH, "timeout": BATCH_TIMEOUT,
+                    "worker_init_fn": start_worker}
     return Loader(torch.utils.data.DataLoader(dataset, batch_sampler=batches, **options))
 
 
 def make_view_loader(dataset, indices, batch_size, workers, pin_memory=False):
-    """The files `indices` of a ViewDataset in order, batch_size at a time; the last batch may be smaller."""
-    batches = [indices[first:first + batch_size] for first in range(0, len(indices), batch_size)]
+    """The files `indices` of a ViewDataset in order, batch_size at a time."""
+    batches = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
     return make_loader(dataset, batches, workers, pin_memory)
 
 
-# ---------------------------------------------------------------- python data.py --check DIR
+# ----------------------------------------------------------------------- python data.py --check DIR
 
 
 def check_file(path):
     """Decodes a whole file. Returns (usable, what it holds or what stops it)."""
-    count, end, promised, text = 0, 0.0, 0.0, ""
+    count, times, last = 0, [], None
     try:
         if layouts.media_kind(path) == "image":
             width, height = read_image(path).size
             return True, f"image, {width}x{height}"
-        with open_video(path) as (container, stream):
-            promised = float((stream.duration or 0) * stream.time_base)
+        with video.open_video(path) as (container, stream):
             text = f"{stream.codec_context.name}, {stream.width}x{stream.height}"
-            for frame in container.decode(stream):
-                time = count / frame_rate(stream) if frame.pts is None else frame.time
-                first = time if count == 0 else first
-                end = time - first + float((frame.duration or 0) * stream.time_base)
-                count += 1
+            promised = float((stream.duration or 0) * stream.time_base)
+            for count, last in enumerate(container.decode(stream), 1):
+                times.append(last.time if last.pts is not None
+                             else (count - 1) / video.frame_rate(stream))
+            if not count:
+                return False, "no frame decodes"
+            seconds = times[-1] - times[0] + float((last.duration or 0) * stream.time_base)
     except UnreadableFile as error:
-        return False, error.reason + (f"; {end:.2f} s ({count} frames) decode before that" if count else "")
-    if not count:
-        return False, "no frame decodes"
-    if promised > end + MAY_LACK:
-        return False, f"cut off: {end:.2f} s ({count} frames) decode, the header promises {promised:.2f} s"
-    return True, f"{text}, {count} frames, {count / end if end else 0:.2f} fps, {end:.2f} s"
+        return False, error.reason + (f"; {count} frames decode before that" if count else "")
+    if promised > seconds + video.MAY_LACK:
+        return False, f"cut off: {seconds:.2f} s ({count} frames) decode, not {promised:.2f} s"
+    return True, f"{text}, {count} frames, {count / (seconds or 1):.2f} fps, {seconds:.2f} s"
 
 
 def check(folder, workers):
-    """Decodes every media file below a folder and in its lists, with a line for each. Returns 0 or 1."""
+    """Decodes every media file below a folder and in its lists, a line for each. Returns 0 or 1."""
     from tqdm import tqdm
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no data folder {folder}")
-    media, ignored = layouts.walk(folder)
-    missing = []
+    (media, ignored), missing = layouts.walk(folder), []
     for split in ("train", "val"):
         try:
             found = layouts.find_samples(folder, split)
-            media += sorted(set(found.paths) - set(media))  # a list may name files elsewhere
+            media += sorted(set(found.paths) - set(media))      # a list may name files elsewhere
             missing += found.missing
             print(f"{split}: {len(found)} {found.kind}s, {len(found.classes)} named classes, "
                   f"{len(found.missing)} missing")
         except ValueError as error:
             print(f"{split}: {str(error).partition(';')[0]}")
-    bad = len(missing)
     for path in ignored:
         print(f"ignored   {path}: no media file")
     for path in missing:
         print(f"MISSING   {path}")
+    unusable = 0
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         results = tqdm(pool.map(check_file, media), total=len(media), unit="file")
         for path, (usable, text) in zip(media, results):
-            bad += not usable
+            unusable += not usable
             tqdm.write(f"{'usable   ' if usable else 'UNUSABLE '} {path}: {text}")
-    print(f"{len(media) + len(missing) - bad} usable, {bad - len(missing)} unusable, {len(missing)} missing, "
+    print(f"{len(media) - unusable} usable, {unusable} unusable, {len(missing)} missing, "
           f"{len(ignored)} ignored")
-    return int(bad > 0 or not media)
+    return int(unusable + len(missing) > 0 or not media)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Check that every file of a data set decodes.")
+    parser.add_argument("--check", metavar="DIR", required=True)
+    parser.add_argument("--workers", type=int, default=engine.usable_cores())
+    options = parser.parse_args()
+    sys.exit(check(options.check, options.workers))
 
 
 if __name__ == "__main__":
-    from engine import usable_cores
-    parser = argparse.ArgumentParser(description="Check that every file of a data set decodes.")
-    parser.add_argument("--check", metavar="DIR", required=True)
-    parser.add_argument("--workers", type=int, default=usable_cores())
-    options = parser.parse_args()
-    sys.exit(check(options.check, options.workers))
+    import engine
+    engine.run_main(main)

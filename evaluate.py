@@ -49,13 +49,13 @@ def view_dataset(samples, recipe, clips=1, crops=1):
         clips if video else 1, crops, recipe.crop_ratio, recipe.segments)
 
 
-def forward_of(model, recipe, device):
-    """A function of uint8 views (n, 3, [T,] H, W) on the device: what the model says of them."""
+def on_views(function, recipe, device):
+    """`function` (of a model) made to take uint8 views (n, 3, [T,] H, W) on the device."""
     _, autocast, _ = engine.mixed_precision(recipe.amp, device)
 
     def forward(x):
         with autocast():
-            return model(data.normalize(x, recipe.mean, recipe.std))
+            return function(data.normalize(x, recipe.mean, recipe.std))
     return forward
 
 
@@ -105,7 +105,8 @@ def test(model, recipe, dataset, classes, device, rank, world):
     "top1", "top5" (softmax averaged over the views of a file), "files", "unreadable", "clips",
     "crops", "per_class" {name: [accuracy, files]}, "confusion" (rows: truth).
     """
-    forward = forward_of(model.eval(), recipe, device)
+    # model.forward, not model: one compiled for training would be compiled again for each shape.
+    forward = on_views(model.eval().forward, recipe, device)
     records, unreadable = over_views(lambda x: forward(x).float().softmax(dim=1), dataset, recipe,
                                      device, rank, world, "testing")
     if not records:
@@ -144,13 +145,17 @@ def run_test(model, recipe, samples, classes, stem, device, rank, world, print0)
         print0(line)
     if rank == 0:
         stem = f"{stem}_{dataset.clips}x{dataset.crops}"
-        print0("wrote " + ", ".join(write_results(results, stem, classes)))
+        with open(stem + ".json.tmp", "w") as f:
+            json.dump(results, f, indent=1)
+        os.replace(stem + ".json.tmp", stem + ".json")        # each appears whole or not at all
+        draw_confusion(results["confusion"], classes, stem + ".tmp.png")
+        os.replace(stem + ".tmp.png", stem + ".png")
+        print0(f"wrote {stem}.json, {stem}.png")
     return results
 
 
 def describe(results, kind):
-    """The lines to print of a test: accuracies, the classes (all, or the worst ten), what could not
-    be read."""
+    """The lines to print: accuracies, classes (all, or the worst ten), what could not be read."""
     view = "clip" if kind == "video" else "crop"
     clips = f"{results['clips']} clips x " if kind == "video" else ""
     lines = [f"{clips}{results['crops']} crops, {results['files']} {kind}s: {kind}-level top-1 "
@@ -170,8 +175,7 @@ def describe(results, kind):
 
 
 def draw_confusion(confusion, classes, path):
-    """The confusion matrix as a PNG: rows are the true classes, brightness is the share of a
-    row."""
+    """The confusion matrix as a PNG: rows are true classes, brightness is the share of a row."""
     confusion = np.asarray(confusion)
     side = max(2, min(28, 1200 // len(confusion)))                            # pixels of a cell
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)   # (K, K)
@@ -198,23 +202,11 @@ def draw_confusion(confusion, classes, path):
     sheet.save(path)
 
 
-def write_results(results, stem, classes):
-    """STEM.json and STEM.png. Each appears whole or not at all. Returns the two paths."""
-    paths = [stem + ".json", stem + ".png"]
-    with open(paths[0] + ".tmp", "w") as f:
-        json.dump(results, f, indent=1)
-    os.replace(paths[0] + ".tmp", paths[0])
-    draw_confusion(results["confusion"], classes, stem + ".tmp.png")
-    os.replace(stem + ".tmp.png", paths[1])
-    return paths
-
-
 # -------------------------------------------------------------------- predictions, features, probe
 
 def predict(model, recipe, classes, device, print0):
-    """Print the five most probable classes of each file. Raises ValueError if one cannot be
-    read."""
-    forward, failed = forward_of(model, recipe, device), 0
+    """Print the five most probable classes of each file. ValueError if one cannot be read."""
+    forward, failed = on_views(model, recipe, device), 0
     kind = "video" if models.takes_clips(recipe.model) else "image"
     for path in recipe.predict:
         try:
@@ -239,8 +231,7 @@ def predict(model, recipe, classes, device, print0):
 
 
 def write_features(path, records, samples):
-    """Write an npz of features (n, D) float32, labels (n,), paths (n,), classes (K,), from records
-    of `over_views`."""
+    """Write an npz of features (n, D), labels (n,), paths (n,), classes (K,)."""
     paths = [os.path.relpath(samples.paths[index], samples.root or ".") for index, _, _ in records]
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path + ".tmp", "wb") as f:
@@ -252,12 +243,10 @@ def write_features(path, records, samples):
 
 def linear_probe(train, val, num_classes, device, lrs=(0.03, 0.1, 0.3, 1.0, 3.0), epochs=100,
                  batch_size=256, seed=0):
-    """A linear classifier on frozen features for each learning rate, all trained in one pass by SGD
-    without decay.
+    """A linear classifier on frozen features for each learning rate, by SGD without decay.
 
     train, val: (features, labels), lists of n vectors (D,) and n numbers. Features are standardized
-    by the training set's mean and deviation. Returns [(lr, top-1 on train, top-1 on val)]. The best
-    of them is chosen on the data it is measured on.
+    by the training set's mean and deviation. Returns [(lr, top-1 on train, top-1 on val)].
     """
     (x, y), (x_val, y_val) = (
         (torch.tensor(np.stack(features), device=device), torch.tensor(labels, device=device))
@@ -288,9 +277,8 @@ def linear_probe(train, val, num_classes, device, lrs=(0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 def extract(model, recipe, classes, device, rank, world, print0):
-    """--features and --probe: pooled features of frozen weights, over one central view unless flags
-    say more."""
-    forward, features = forward_of(model.features, recipe, device), {}
+    """--features and --probe: pooled features of frozen weights."""
+    forward, features = on_views(model.features, recipe, device), {}
     for split in ("train", "val") if recipe.probe else ("val",):
         samples = layouts.find_samples(recipe.data, split,
                                        recipe.limit_per_class if split == "train" else 0)
@@ -322,8 +310,8 @@ def extract(model, recipe, classes, device, rank, world, print0):
 # --------------------------------------------------------------------------------------------- main
 
 def load(flags, print0):
-    """(recipe, model, names of the classes or []) of the checkpoint. recipe: a Namespace of what
-    the checkpoint says of itself, unless flags say otherwise."""
+    """(recipe, model, class names or []) of the checkpoint. recipe: a Namespace of what the
+    checkpoint says of itself, unless flags say otherwise."""
     checkpoint = engine.read_checkpoint(flags.checkpoint)
     stored = convert.foreign_recipe(checkpoint)
     given = {key: value for key, value in vars(flags).items() if value is not None}

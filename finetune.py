@@ -129,7 +129,7 @@ RECIPES = {
         num_frames=8, drop_path=0.0, crop_scale=(0.5, 1.0), flip=0.0, rand_augment="", erase=0.0,
         repeats=1, mixup=0.0, cutmix=0.0, smoothing=0.0, epochs=18, batch_size=8, lr=2e-3,
         lr_batch=8, warmup_epochs=2, warmup_lr=1e-5, min_lr=1e-5, clip_grad=1.0, layer_decay=1.0,
-        clips=3, crop_ratio=1.0, val_epochs=6),
+        clips=3, crop_ratio=1.0, val_epochs=6, compile="off"),
     "k400_mvitv2_s": K400,                                                    # Tables 1, 3, 6
     "k400_mvitv2_b": replace(K400, model="mvitv2_b"),                         # ours, by analogy
     "k400_mvitv2_l": K400_L,                                                  # Table 3

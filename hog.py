@@ -40,11 +40,11 @@ class HOG(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        """(B, 3, H, W), usually the normalized network input -> float32 (B, C, bins, H/cell, W/cell).
+        """Normalized images (B, 3, H, W) -> float32 (B, C, bins, H/cell, W/cell).
 
         C is 1 for gray, else 3. Raises ValueError if the shape does not fit. torch.compile fuses
-        the sum over an unflattened cell with what precedes it. Of avg_pool2d it would store nine
-        full-size inputs.
+        the sum over an unflattened cell with the comparison before it. For avg_pool2d it would
+        store the votes of every bin at full size.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images of shape {tuple(images.shape)} are not (B, 3, H, W)")
@@ -113,7 +113,7 @@ def unpatch_hog(vectors, grid, patch, bins=9):
 
 
 def draw_hog(histograms, glyph=16, scale=None):
-    """Picture of one image's histograms: in each cell one line per bin, along the edge it stands for.
+    """Picture of one image's histograms: in each cell, one line per bin along the edge.
 
     histograms: (C, bins, Hc, Wc) tensor or array. Colors are summed, negative values count as 0.
     glyph: side of a drawn cell in pixels, at least 4. scale: the weight drawn white, after summing

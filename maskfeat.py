@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 
 def resize_mask(mask, grid):
-    """bool (B, *coarse) -> bool (B, N) on `grid`, by nearest neighbor. ValueError if not coarser."""
+    """bool (B, *coarse) -> bool (B, N) on `grid`, by nearest neighbor, or ValueError."""
     if mask.ndim != len(grid) + 1 or any(m > g for m, g in zip(mask.shape[1:], grid)):
         raise ValueError(f"mask {tuple(mask.shape)} does not fit token grid {tuple(grid)}: "
                          "give (B, *grid) or coarser")

@@ -6,8 +6,8 @@ draws from Python's generator, so the same seed gives the same mask. Differences
 consecutive as in the paper, and grids of any shape give a usable mask.
 
 Every function returns a numpy bool array over the token grid, True = masked, holding both values.
-The target is round(ratio * tokens). Block, tube and cube masks never exceed it on the grid that they
-are sampled on. They fall short of it, by 0.3 % of the tokens on average, when no block fits.
+The target is round(ratio * tokens). Block, tube and cube masks never exceed it on the grid that
+they are sampled on. They fall short of it when no block fits, on average by 0.3 % of the tokens.
 """
 import math
 
@@ -25,11 +25,11 @@ def block_mask(grid, ratio, rng):
 
 
 def cube_mask(grid, ratio, rng, coarse=2):
-    """Blocks that last for a random number of time steps, the default for video (Sec. 4.3, Table 6).
+    """Blocks that last for a random number of time steps (Sec. 4.3, Table 6: the default).
 
     grid: (t, h, w) tokens. coarse: the mask is sampled on (t, h / coarse, w / coarse), rounded up,
     and each cell is enlarged to coarse x coarse tokens (release: 8x7x7 for 8x14x14 tokens), so
-    that odd sides keep the ratio only approximately. Returns (t, h, w) bool. Errors: see block_mask.
+    that odd sides keep the ratio only approximately. Returns (t, h, w) bool, errors as block_mask.
     """
     _target(grid, ratio, 3)
     t, h, w = _coarsen(grid, coarse)
@@ -38,7 +38,7 @@ def cube_mask(grid, ratio, rng, coarse=2):
 
 
 def tube_mask(grid, ratio, rng, coarse=2):
-    """One block mask for all time steps (Sec. 4.3, Table 6). Arguments and result: see cube_mask."""
+    """One block mask for all time steps (Sec. 4.3, Table 6). Arguments as for cube_mask."""
     _target(grid, ratio, 3)
     t, h, w = _coarsen(grid, coarse)
     return _enlarge(np.repeat(block_mask((h, w), ratio, rng)[None], t, axis=0), grid)
@@ -53,7 +53,7 @@ def frame_mask(grid, ratio, rng, consecutive=True):
     _target(grid, ratio, 3)
     t, h, w = grid
     if t < 2:
-        raise ValueError(f"grid {t}x{h}x{w} has one time step, which cannot hide all: use tube_mask")
+        raise ValueError(f"grid {t}x{h}x{w} has only one time step: use tube_mask")
     count = _target((t, 1), ratio, 2)
     steps = np.zeros(t, bool)
     if not consecutive:
@@ -69,8 +69,8 @@ def frame_mask(grid, ratio, rng, consecutive=True):
 def _target(grid, ratio, axes):
     """Number of tokens to mask: at least one, and not all. Checks grid and ratio."""
     if len(grid) != axes or min(grid) < 1 or math.prod(grid) < 2:
-        raise ValueError(f"grid {tuple(grid)} cannot be masked: give {axes} positive sides and more "
-                         "than one token")
+        raise ValueError(f"grid {tuple(grid)} cannot be masked: give {axes} positive sides "
+                         "and more than one token")
     if not 0 < ratio < 1:
         raise ValueError(f"mask ratio {ratio} is not between 0 and 1: the paper's is 0.4")
     return min(max(round(ratio * math.prod(grid)), 1), math.prod(grid) - 1)

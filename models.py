@@ -15,8 +15,8 @@ def check_kind(name, samples):
     """Raise ValueError unless the model takes what the samples (layouts.Samples) are."""
     if takes_clips(name) != (samples.kind == "video"):
         kind, others = ("clips", vit.MODELS) if takes_clips(name) else ("images", mvit.MODELS)
-        raise ValueError(f"model={name} takes {kind}, but {samples.root} holds {samples.kind}s: use "
-                         f"--model {' or '.join(others)}")
+        raise ValueError(f"model={name} takes {kind}, but {samples.root} holds {samples.kind}s: "
+                         f"use --model {' or '.join(others)}")
 
 
 def builder(name):
@@ -26,52 +26,57 @@ def builder(name):
     return MODELS[name]
 
 
-def build_maskfeat(recipe):
-    """The pre-training model that a recipe (a dict, as stored in a checkpoint) describes.
+def build_encoder(recipe):
+    """The trunk of a pre-training recipe, on an image size that its output stride divides."""
+    build, size = builder(recipe["model"]), recipe["image_size"]
+    shared = {key: recipe[key] for key in ("image_size", "drop_path", "checkpointing")}
+    if not takes_clips(recipe["model"]):
+        return build(num_classes=0, patch_size=recipe["patch_size"], **shared)
+    T, stride = recipe["num_frames"], recipe["output_stride"]
+    for axis, side in zip("HW", size):
+        if side % stride:
+            low = side - side % stride
+            raise ValueError(f"clip {T}x{size[0]}x{size[1]} is not divisible by the output stride "
+                             f"{stride}: {axis}={side}, use {low or stride} or {low + stride}")
+    return build(num_classes=0, num_frames=T, output_stride=stride, expand=recipe["expand"],
+                 **shared)
 
-    Reads model, target, image_size, num_frames, output_stride, patch_size, expand, drop_path, checkpointing, and for
-    the target bins, cell, norm, color, gradient (HOG), pixel_norm (pixels), label_classes, label_order (pseudo-labels)
-    or teacher, and with it align, mean, std (features). The teacher's file is read.
+
+def build_maskfeat(recipe):
+    """The pre-training model that a recipe describes (a dict, as stored in a checkpoint).
+
+    The keys that are read: see build_encoder and below. A teacher's file is read, too.
     """
-    name, target, (H, W) = recipe["model"], recipe["target"], recipe["image_size"]
-    build = builder(name)
-    if target not in TARGETS:
-        raise ValueError(f"target={target!r}: use one of {', '.join(TARGETS)}")
-    shared = {"num_classes": 0, **{key: recipe[key] for key in ("image_size", "drop_path", "checkpointing")}}
-    if name in mvit.MODELS:
-        T, stride = recipe["num_frames"], recipe["output_stride"]
-        for axis, side in zip("HW", (H, W)):
-            if side % stride:
-                low = side - side % stride
-                raise ValueError(f"clip {T}x{H}x{W} is not divisible by the output stride {stride}: {axis}={side}, use "
-                                 f"{low or stride} or {low + stride}")
-        encoder = build(num_frames=T, output_stride=stride, expand=recipe["expand"], **shared)
-    else:
-        encoder = build(patch_size=recipe["patch_size"], **shared)
+    name = recipe["target"]
+    if name not in TARGETS:
+        raise ValueError(f"target={name!r}: use one of {', '.join(TARGETS)}")
+    encoder = build_encoder(recipe)
     patch = encoder.patch_stride[-1]
-    grid = H // patch, W // patch
-    if target == "hog":
-        options = {"patch_size": patch, **{key: recipe[key] for key in ("bins", "cell", "norm", "color", "gradient")}}
-    elif target == "pixel":
+    grid = tuple(side // patch for side in recipe["image_size"])
+    if name == "hog":
+        keys = ("bins", "cell", "norm", "color", "gradient")
+        options = {"patch_size": patch, **{key: recipe[key] for key in keys}}
+    elif name == "pixel":
         options = {"patch_size": patch, "norm": recipe["pixel_norm"]}
-    elif target == "dvae":
+    elif name == "dvae":
         options = {"teacher": recipe["teacher"]}
-    elif target == "label":
+    elif name == "label":
         options = {"grid": grid, "classes": recipe["label_classes"], "order": recipe["label_order"]}
     else:
-        options = {"grid": grid, **{key: recipe[key] for key in ("teacher", "image_size", "mean", "std", "align")}}
-    return MaskFeat(encoder, TARGETS[target](**options))
+        keys = ("teacher", "image_size", "mean", "std", "align")
+        options = {"grid": grid, **{key: recipe[key] for key in keys}}
+    return MaskFeat(encoder, TARGETS[name](**options))
 
 
 def build_classifier(recipe):
-    """The fine-tuning model that a recipe describes: a bare encoder with norm and head.
+    """The fine-tuning model that a recipe describes: an encoder with norm and head.
 
-    Reads model, num_classes, image_size (H, W), drop_path, dropout (0 if absent), checkpointing, pool; num_frames and
-    expand (MViT) or patch_size (ViT). The output stride, unless given, is the model's own: 32, and 8 for mvit_tiny.
+    The output stride, unless given, is the model's own: 32, and 8 for mvit_tiny.
     """
-    options = {key: recipe[key] for key in ("num_classes", "image_size", "drop_path", "checkpointing", "pool")}
-    keys = ("num_frames", "expand") if recipe["model"] in mvit.MODELS else ("patch_size",)
-    options |= {key: recipe[key] for key in keys}
-    if recipe["model"] in mvit.MODELS and recipe.get("output_stride"):
-        options["output_stride"] = recipe["output_stride"]
+    keys = ["num_classes", "image_size", "drop_path", "checkpointing", "pool"]
+    if takes_clips(recipe["model"]):
+        keys += ["num_frames", "expand"] + ["output_stride"] * bool(recipe.get("output_stride"))
+    else:
+        keys += ["patch_size"]
+    options = {key: recipe[key] for key in keys}
     return builder(recipe["model"])(dropout=recipe.get("dropout", 0.0), **options)

@@ -33,7 +33,7 @@ class DropPath(nn.Module):
     def forward(self, x):
         if self.p == 0 or not self.training:
             return x
-        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.p
+        keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.p
         return x * keep / (1 - self.p)
 
 
@@ -86,13 +86,13 @@ def attention(q, k, v, q_thw, k_thw, rel_pos_t, rel_pos_h, rel_pos_w):
     bias = torch.cat([torch.einsum("bthwnc,tkc->bthwnk", patches, rt),
                       torch.einsum("bthwnc,hkc->bthwnk", patches, rh),
                       torch.einsum("bthwnc,wkc->bthwnk", patches, rw)], dim=-1)
-    bias = F.pad(bias.flatten(1, 3), (0, pad, 0, 0, 1, 0))                # (B, 1 + Nq, heads, K + pad)
+    bias = F.pad(bias.flatten(1, 3), (0, pad, 0, 0, 1, 0))            # (B, 1 + Nq, heads, K + pad)
 
     place = torch.cartesian_prod(*(torch.arange(n, device=q.device) for n in k_thw))    # (Nk, 3)
     codes = torch.cat([F.one_hot(place[:, i], n) for i, n in enumerate(k_thw)], dim=1)  # (Nk, K)
     codes = F.pad(codes.to(q.dtype), (0, pad, 1, 0))[None, :, None].expand(B, -1, heads, -1)
 
-    q = torch.cat([q * C ** -0.5, bias], dim=-1).transpose(1, 2)          # (B, heads, 1 + Nq, C + K + pad)
+    q = torch.cat([q * C ** -0.5, bias], dim=-1).transpose(1, 2)      # (B, heads, 1 + Nq, C + ...)
     k = torch.cat([k, codes], dim=-1).transpose(1, 2)
     v = F.pad(v, (0, K + pad)).transpose(1, 2)                            # all of one width
     x = F.scaled_dot_product_attention(q, k, v, scale=1.0)
@@ -131,14 +131,17 @@ class MultiScaleAttention(nn.Module):
             F.conv2d(frames, weight, None, conv.stride[1:], 1, 1, D).permute(0, 2, 3, 1)
             .unflatten(0, (-1, thw[0])) for weight in weights)            # (B, t, h', w', D) each
         nothing = torch.zeros_like(at[:, :1])                             # padding along time
-        patches = at + torch.cat([nothing, before[:, :-1]], 1) + torch.cat([after[:, 1:], nothing], 1)
+        patches = at + torch.cat([nothing, before[:, :-1]], dim=1)
+        patches = patches + torch.cat([after[:, 1:], nothing], dim=1)
         tokens = torch.cat([cls, patches.flatten(1, 3)], dim=1)
         tokens = norm(tokens.unflatten(2, (self.num_heads, self.head_dim)))
         return tokens, tuple(patches.shape[1:4])
 
     def forward(self, x, thw):
         """(B, 1 + t*h*w, dim) -> (B, 1 + t'*h'*w', dim_out) and the grid (t', h', w')."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        # Three products, not one cut in three, so that each lies in memory as convolutions want it.
+        weights, biases = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
+        q, k, v = (F.linear(x, weight, bias) for weight, bias in zip(weights, biases))
         q, q_thw = self.pool(q, self.pool_q, self.norm_q, thw)            # (B, 1 + Nq, heads, C)
         k, k_thw = self.pool(k, self.pool_k, self.norm_k, thw)            # (B, 1 + Nk, heads, C)
         v, _ = self.pool(v, self.pool_v, self.norm_v, thw)
@@ -148,9 +151,10 @@ class MultiScaleAttention(nn.Module):
 
 
 class MultiScaleBlock(nn.Module):
-    """Attention and MLP. `dim_att` is the width of attention, `dim_out` that of the MLP's output."""
+    """Attention and MLP. dim_att: width of attention. dim_out: width of the output."""
 
-    def __init__(self, dim, dim_att, dim_out, num_heads, table_sizes, q_stride, kv_stride, drop_path):
+    def __init__(self, dim, dim_att, dim_out, num_heads, table_sizes, q_stride, kv_stride,
+                 drop_path):
         super().__init__()
         self.dim, self.dim_att, self.dim_out, self.q_stride = dim, dim_att, dim_out, q_stride
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -162,12 +166,11 @@ class MultiScaleBlock(nn.Module):
             self.proj = nn.Linear(dim, dim_out)
 
     def pool_skip(self, x, thw):
-        """Max-pool the shortcut where queries are pooled; the class token passes by."""
+        """Max-pool the shortcut where queries are pooled. The class token passes by."""
         if self.q_stride == 1:
             return x
-        B, _, D = x.shape
-        s = self.q_stride
-        patches = x[:, 1:].reshape(-1, *thw[1:], D).permute(0, 3, 1, 2)       # (B*t, D, h, w), channels last
+        (B, _, D), s = x.shape, self.q_stride
+        patches = x[:, 1:].reshape(-1, *thw[1:], D).permute(0, 3, 1, 2)     # (B*t, D, h, w)
         patches = F.max_pool2d(patches, s + 1, s, s // 2).permute(0, 2, 3, 1)
         return torch.cat([x[:, :1], patches.reshape(B, -1, D)], dim=1)
 
@@ -194,57 +197,60 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, dim, (3, 7, 7), (2, 4, 4), (1, 3, 3))
 
     def forward(self, x):
-        return self.proj(x)                                                   # (B, dim, T/2, H/4, W/4)
+        return self.proj(x)                                             # (B, dim, T/2, H/4, W/4)
 
 
 class MViT(nn.Module):
-    """MViTv2 over clips (Sec. 4). Built by the presets below.
+    """MViTv2 for clips (Sec. 4). Built by the presets below.
 
-    embed_dim, num_heads: of the first stage; both double at each transition. stages: blocks per stage.
-    output_stride: 32 for classification; 16 for pre-training, where the last transition keeps its resolution and the
-        output is 8x14x14 (release); 8 keeps it at the last two (for small inputs).
-    expand: "mlp" widens in the MLP of the block before a transition (release's MaskFeat configs, the paper's 71 and
-        377 GFLOPs); "attn" in the attention of the transition itself (the paper's FLOPs at 312 and 352).
-    num_classes: 0 leaves out the final norm and head: the trunk that MaskFeat takes.
-    image_size: int or (H, W), multiples of 32 or any the stem accepts; sets the lengths of the position tables only.
-        Another size, or another number of frames, at run time works: tables are resized on the fly.
+    embed_dim, num_heads: of the first stage. Both double at each transition.
+    stages: blocks per stage.
+    num_classes: 0 leaves out the final norm and head, which gives the trunk for MaskFeat.
+    num_frames, image_size (int or (H, W)): the lengths of the position tables follow from these.
+        Other sizes work, too: tables are resized.
+    output_stride: 32 for classification. With 16, for pre-training, the last transition keeps its
+        resolution, and the output is 8x14x14 (release). With 8, the last two keep it.
+    expand: "mlp" widens in the MLP of the block before a transition (the release's MaskFeat
+        configs, the paper's 71 and 377 GFLOPs). "attn" widens in the attention of the transition
+        itself (the paper's GFLOPs at 312 and 352, Table 3).
+    drop_path: rate at the last block, growing linearly from 0.
     checkpointing: recompute each block in the backward pass.
-    kv_stride: pooling of keys and values in the first stage; halved wherever queries are pooled.
-    pool: what the head sees: "mean" of the patch tokens (MaskFeat fine-tuning), "cls" token (supervised MViTv2).
+    kv_stride: pooling of keys and values in the first stage, halved wherever queries are pooled.
+    pool: what the head sees, "mean" of the patch tokens (MaskFeat) or "cls" token (MViTv2).
     dropout: before the head.
     """
 
-    def __init__(self, embed_dim, num_heads, stages, num_classes=400, num_frames=16, image_size=224, output_stride=32,
-                 expand="mlp", drop_path=0.0, checkpointing=False, kv_stride=8, pool="mean",
-                 dropout=0.0):
+    def __init__(self, embed_dim, num_heads, stages, num_classes=400, num_frames=16,
+                 image_size=224, output_stride=32, expand="mlp", drop_path=0.0,
+                 checkpointing=False, kv_stride=8, pool="mean", dropout=0.0):
         super().__init__()
         H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
         if expand not in ("mlp", "attn"):
             raise ValueError(f'expand={expand!r}: use "mlp" or "attn"')
         if pool not in ("mean", "cls"):
             raise ValueError(f'pool={pool!r}: use "mean" or "cls"')
-        if output_stride not in [4 * 2 ** i for i in range(len(stages))]:
-            raise ValueError(f"output_stride={output_stride}: use 32 (fine-tuning), 16 (pre-training) or 8, at most "
-                             f"{4 * 2 ** (len(stages) - 1)} with {len(stages)} stages")
+        strides = [4 * 2 ** i for i in range(len(stages))]
+        if output_stride not in strides:
+            raise ValueError(f"output_stride={output_stride}: use one of {strides}")
         if num_frames < 2 or num_frames % 2:
-            raise ValueError(f"num_frames={num_frames} is not a positive multiple of the stem's stride 2")
+            raise ValueError(f"num_frames={num_frames}: use a positive multiple of 2")
         if min(H, W) < 32:
             raise ValueError(f"image_size={H}x{W} is below 32, the stride of the network")
-        self.patch_stride = (2, output_stride, output_stride)                 # pixels per output token along T, H, W
+        self.patch_stride = (2, output_stride, output_stride)           # input per output token
         self.stem_dim, self.embed_dim = embed_dim, embed_dim * 2 ** (len(stages) - 1)
         self.checkpointing, self.pool, self.dropout = checkpointing, pool, dropout
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.patch_embed = PatchEmbed(embed_dim)
         depth = sum(stages)
-        transitions = [sum(stages[:i]) for i in range(1, len(stages))]        # first block of stages 2, 3, 4
-        pooled = [start for i, start in enumerate(transitions) if 8 * 2 ** i <= output_stride]   # halve the resolution
-        t, h, w = num_frames // 2, H // 4, W // 4                             # floor, as in the release
+        transitions = [sum(stages[:i]) for i in range(1, len(stages))]  # first block of each stage
+        halving = [start for i, start in enumerate(transitions) if 8 * 2 ** i <= output_stride]
+        t, h, w = num_frames // 2, H // 4, W // 4                       # floor (release)
         dim = embed_dim
         self.blocks = nn.ModuleList()
         for i in range(depth):
             stage = sum(i >= start for start in transitions)
-            q_stride = 2 if i in pooled else 1
+            q_stride = 2 if i in halving else 1
             kv_stride = max(kv_stride // q_stride, 1)
             dim_att, dim_out = dim, dim
             if expand == "attn":
@@ -252,9 +258,9 @@ class MViT(nn.Module):
             elif i + 1 in transitions:
                 dim_out = 2 * dim
             sizes = [2 * t - 1] + [2 * max(n // q_stride, n // kv_stride) - 1 for n in (h, w)]
-            rate = drop_path * i / max(depth - 1, 1)                          # 0 at the first block, linear in depth
-            self.blocks.append(MultiScaleBlock(dim, dim_att, dim_out, num_heads * 2 ** stage, sizes, q_stride,
-                                               kv_stride, rate))
+            rate = drop_path * i / max(depth - 1, 1)
+            self.blocks.append(MultiScaleBlock(dim, dim_att, dim_out, num_heads * 2 ** stage, sizes,
+                                               q_stride, kv_stride, rate))
             dim, h, w = dim_out, h // q_stride, w // q_stride
         if num_classes:
             self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -266,19 +272,19 @@ class MViT(nn.Module):
 
     @staticmethod
     def _init(m):
-        """Release: trunc-normal 0.02 weights; biases of Linear and LayerNorm are 0.02, not 0."""
+        """Release: weights are trunc-normal, and biases of Linear and LayerNorm are 0.02, not 0."""
         if isinstance(m, (nn.Linear, nn.Conv3d)):
             nn.init.trunc_normal_(m.weight, std=0.02)
         if isinstance(m, (nn.Linear, nn.LayerNorm)):
             nn.init.constant_(m.bias, 0.02)
 
     def embed(self, x):
-        """(B, 3, T, H, W) -> stem tokens (B, N, D) and their grid (t, h, w). MaskFeat masks here."""
+        """(B, 3, T, H, W) -> stem tokens (B, N, D) and their grid (t, h, w)."""
         x = self.patch_embed(x)
         return x.flatten(2).transpose(1, 2), tuple(x.shape[2:])
 
     def encode(self, tokens, thw):
-        """Stem tokens (B, N, D) on grid `thw` -> (B, 1 + N', D') and its grid. Class token first."""
+        """Stem tokens (B, N, D) on a grid -> (B, 1 + N', D'), class token first, and its grid."""
         x = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
         for block in self.blocks:
             if self.checkpointing and self.training:
@@ -288,20 +294,21 @@ class MViT(nn.Module):
         return x, thw
 
     def features(self, x):
-        """(B, 3, T, H, W) -> pooled features (B, D'), normed unless num_classes=0."""
+        """(B, 3, T, H, W) -> pooled features (B, D'), then normalized unless num_classes=0."""
         x, _ = self.encode(*self.embed(x))
-        x = x[:, 1:].mean(dim=1) if self.pool == "mean" else x[:, 0]          # release: pooled, then normed
+        x = x[:, 1:].mean(dim=1) if self.pool == "mean" else x[:, 0]
         return self.norm(x) if hasattr(self, "head") else x
 
     def forward(self, x):
         """(B, 3, T, H, W) -> logits (B, num_classes), or features with num_classes=0."""
         x = self.features(x)
-        return self.head(F.dropout(x, self.dropout, self.training)) if hasattr(self, "head") else x
+        if not hasattr(self, "head"):
+            return x
+        return self.head(F.dropout(x, self.dropout, self.training))
 
 
 def mvit_tiny(**kw):
-    """Stages 1/2 of width 64/128, 2/4 heads, 0.5 M parameters, output stride 8: for small clips on a CPU, not in the paper.
-    Wide and shallow, as on few clips the step from pixels to orientations takes width, and depth only delays it."""
+    """0.5 M parameters, output stride 8, for small clips on a CPU. Not in the paper."""
     return MViT(64, 2, (1, 2), **{"output_stride": 8, "kv_stride": 4, **kw})
 
 
@@ -311,12 +318,12 @@ def mvitv2_s(**kw):
 
 
 def mvitv2_b(**kw):
-    """53 M parameters at 16x224x224, 51 M with expand="attn" (MViTv2 paper: 51 M). Not used in the MaskFeat paper."""
+    """53 M parameters, 51 M with expand="attn" (MViTv2 paper: 51 M). Not in the MaskFeat paper."""
     return MViT(96, 1, (2, 3, 16, 3), **kw)
 
 
 def mvitv2_l(**kw):
-    """218 M parameters, 377 GFLOPs at 16x224x224 (Table 3). Stages 2/6/36/4, from the release's transitions."""
+    """218 M parameters, 377 GFLOPs at 16x224x224 (Table 3). Stages: release's transitions."""
     return MViT(144, 2, (2, 6, 36, 4), **kw)
 
 

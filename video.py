@@ -1,8 +1,8 @@
 """Decoding: the frames of a video on display at given moments, and images.
 
 Paper: Wei et al., Masked Feature Prediction, CVPR 2022, Sec. 4 (16x4 clips).
-Release: SlowFast's video loader. Differences: time is counted in seconds, so that any frame rate, fixed
-or not, gives the same motion (see `read_clip`); only the frames that are needed are decoded and converted.
+Release: SlowFast's video loader. Difference: time is counted in seconds, so that any frame rate,
+fixed or not, gives the same motion.
 """
 
 import errno
@@ -19,42 +19,53 @@ from PIL import Image
 TARGET_FPS = 30      # release: sampling_rate counts frames of a 30 fps video
 CLOCK_SLACK = 6e-4   # s; Matroska rounds the time of a frame to a millisecond
 MAY_LACK = 0.5       # s by which a video may end before its header says so
-LOOK_AHEAD = 2000    # packets held in memory to learn which frames to skip
 REORDERED = 1        # s by which a packet may come after one that is shown later
-EXACT_HEADERS = ("mov,mp4,m4a,3gp,3g2,mj2", "avi", "mpegts")  # they give the picture's own start and duration
+LOOK_AHEAD = 2000    # packets held in memory to learn which frames to skip
+EXACT_HEADERS = "mov,mp4,m4a,3gp,3g2,mj2", "avi", "mpegts"    # they time the picture by itself
 
 
 class UnreadableFile(ValueError):
-    """A media file that does not decode at the requested place. `path` and `reason` say which and why."""
+    """A media file that does not decode at the requested place, with `path` and `reason`."""
 
     def __init__(self, path, reason):
         super().__init__(f"cannot read {path}: {reason}")
         self.path, self.reason = str(path), str(reason)
 
 
-def check_file_limit(error):
-    """Raises OSError with the remedy if `error` says that the process has too many open files.
+def file_limit():
+    """How many files this process may have open at once."""
+    try:
+        import resource
+    except ImportError:                         # Windows
+        return math.inf
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return limit if limit >= 0 else math.inf
 
-    That is no fault of the file, so it must not count as unreadable.
-    """
+
+def out_of_files():
+    """The error for too many open files, which is no fault of the file that was to be opened."""
+    return OSError(f"too many open files, the limit is {file_limit()}: raise it (ulimit -n 4096) "
+                   "or use fewer --workers")
+
+
+def unreadable(path, error):
+    """The error to raise for one that came up while reading a file."""
     if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-        import resource  # Windows has no such module, and no such limit
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        raise OSError(error.errno, f"too many open files, the limit is {limit}: raise it (ulimit -n 4096) "
-                                   "or use fewer --workers") from error
+        return out_of_files()
+    return UnreadableFile(path, getattr(error, "strerror", None) or error)
 
 
 def check_regular(path):
-    """Raises UnreadableFile for a named pipe or a device: opening one can block for ever."""
+    """Raises UnreadableFile for a named pipe or a device, since opening one can block for ever."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise UnreadableFile(path, "not a regular file")
 
 
 @contextmanager
 def open_video(path, quick=False):
-    """Yields (container, video stream). One thread decodes, since a loader has a worker per core.
+    """Yields (container, video stream), decoded by one thread: a loader has a worker per core.
 
-    quick: learn from the header and one second of packets only, and decode no frame for it.
+    quick: learn from the header and a second of packets, without decoding a frame.
     Raises UnreadableFile, also for what fails inside the `with` block.
     """
     import av
@@ -63,22 +74,20 @@ def open_video(path, quick=False):
     try:
         try:
             container = av.open(os.fspath(path), options=options)
-        except UnicodeDecodeError:  # a title in Latin-1: PyAV before 19 must be told to go on
+        except UnicodeDecodeError:              # a title in Latin-1, in PyAV before 19
             container = av.open(os.fspath(path), options=options, metadata_errors="replace")
         with container:
-            stream = container.streams.best("video")  # not a cover picture
-            if stream is None:
-                raise UnreadableFile(path, "it has no video stream")
-            if stream.codec_context is None:
-                raise UnreadableFile(path, "no decoder for its codec")
+            stream = container.streams.best("video")              # not a cover picture
+            if stream is None or stream.codec_context is None:
+                raise UnreadableFile(path, "no decoder for its codec" if stream
+                                     else "it has no video stream")
             stream.codec_context.thread_count = 1
             yield container, stream
     except (av.FFmpegError, OSError) as error:
-        check_file_limit(error)
-        raise UnreadableFile(path, getattr(error, "strerror", None) or error) from error
+        raise unreadable(path, error) from error
 
 
-# ---------------------------------------------------------------- times
+# ------------------------------------------------------------------------------------------- times
 
 
 def frame_rate(stream):
@@ -87,22 +96,22 @@ def frame_rate(stream):
 
 
 def extent(path, container, stream):
-    """(first time, duration) in s of the picture. May move the container on."""
-    unit = float(stream.time_base)
-    if container.format.name in EXACT_HEADERS and stream.duration and stream.start_time is not None:
-        return stream.start_time * unit, stream.duration * unit
+    """(first time, duration) of the picture in s."""
+    start, duration, unit = stream.start_time, stream.duration, float(stream.time_base)
+    if container.format.name in EXACT_HEADERS and duration and start is not None:
+        return start * unit, duration * unit
     status = os.stat(path)
-    return _packet_extent(os.fspath(path), status.st_size, status.st_mtime_ns)
+    return packet_extent(os.fspath(path), status.st_size, status.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=100_000)
-def _packet_extent(path, size, modified):
+def packet_extent(path, size, modified):
     """`extent` by the first packets and those after the last keyframe.
 
-    Matroska's header gives the start and the duration of the longest stream, which may be the sound.
+    Matroska's header gives the start and the duration of the longest stream, perhaps the sound.
     """
     with open_video(path, quick=True) as (container, stream):
-        unit, starts, ends = float(stream.time_base), [], []
+        unit, starts = float(stream.time_base), []
         for packet in container.demux(stream):
             if packet.pts is None or packet.pts * unit > min(starts, default=math.inf) + REORDERED:
                 break
@@ -116,43 +125,45 @@ def _packet_extent(path, size, modified):
 
 
 def clip_times(first, duration, num_frames, sampling_rate, position):
-    """Moments (s) of a clip, sampling_rate/30 s apart. position in [0, 1]: where in the time left free."""
+    """Moments (s) of a clip, sampling_rate/30 s apart. position: in [0, 1] of the free time."""
     start = first + position * max(duration - num_frames * sampling_rate / TARGET_FPS, 0)
     return [start + j * sampling_rate / TARGET_FPS for j in range(num_frames)]
 
 
 def segment_times(first, duration, places):
-    """One moment (s) in each of len(places) equal parts, at places[j] in [0, 1] of part j. Release: SSv2."""
+    """A moment (s) in each of len(places) equal parts, at places[j] in [0, 1] of part j (SSv2)."""
     return [first + (j + place) * duration / len(places) for j, place in enumerate(places)]
 
 
-# ---------------------------------------------------------------- frames
+# ------------------------------------------------------------------------------------------ frames
 
 
 def read_clip(path, num_frames=16, sampling_rate=4, position=0.5, short_side=256, places=None):
     """Reads the frames on display at num_frames moments, sampling_rate/30 s apart.
 
-    position: in [0, 1], where the clip lies in the video. A video that is shorter than the clip starts at
-    its beginning and repeats its last frame.
-    places: num_frames numbers in [0, 1]. Given them, the moments are `segment_times` over the whole video.
+    position: in [0, 1], where the clip lies in the video. A video that is shorter than the clip
+    starts at its beginning and repeats its last frame.
+    places: num_frames numbers in [0, 1], for the moments of `segment_times` instead.
     short_side: pixels to which the shorter side is scaled, up or down. None keeps the size.
     Returns (num_frames, 3, H, W) uint8 RGB. Pixels are taken as square, as in the release.
     Raises UnreadableFile if the file does not decode there.
-    Paper: Sec. 4, 16x4. Release: 16 indices in linspace(start, start + 63), a step of 4.2 frames, not 4.
+    Paper: Sec. 4, 16x4. Release: 16 indices in linspace(start, start + 63), so every 4.2 frames.
     """
     if places is not None:
         return read_at(path, lambda *extent: segment_times(*extent, places), short_side)
-    return read_at(path, lambda *extent: clip_times(*extent, num_frames, sampling_rate, position), short_side)
+    return read_at(path, lambda *extent: clip_times(*extent, num_frames, sampling_rate, position),
+                   short_side)
 
 
 def read_moments(path, times, min_size=None):
-    """Frames (N, 3, H, W) uint8 on display `times` seconds after the first frame. min_size: see `read_at`.
+    """Frames (N, 3, H, W) uint8 on display `times` seconds after the first frame; see `read_at`.
 
-    Reads only what is near the moments. Raises UnreadableFile, also for a moment after the end.
+    Raises UnreadableFile, also for a moment after the end.
     """
     def choose(first, duration):
         if max(times) > duration + MAY_LACK:
-            raise UnreadableFile(path, f"it lasts {duration:.2f} s, {max(times):.2f} s is wanted")
+            raise UnreadableFile(
+                path, f"it lasts {duration:.2f} s, {max(times):.2f} s is wanted")
         return [first + max(time, 0) for time in times]
     return read_at(path, choose, min_size)
 
@@ -161,71 +172,71 @@ def read_moments(path, times, min_size=None):
 def picture_size(path):
     """(height, width) in pixels of a video's frames, upright. Raises UnreadableFile."""
     with open_video(path) as (container, stream):
-        frame = next(container.decode(stream), None)
-        if frame is None:
-            raise UnreadableFile(path, "no frame decodes")
-        return (frame.width, frame.height) if quarter_turns(frame) % 2 else (frame.height, frame.width)
+        for frame in container.decode(stream):
+            size = frame.height, frame.width
+            return size[::-1] if quarter_turns(frame) % 2 else size
+    raise UnreadableFile(path, "no frame decodes")
 
 
 def read_at(path, choose, min_size=None):
-    """Frames (N, 3, H, W) uint8 on display at the N moments choose(first time, duration) in s, in any order.
+    """Frames (N, 3, H, W) uint8 on display at the N moments choose(first time, duration) in s.
 
-    min_size: (H, W) that the scaled frames just cover, an int for a square, or None to keep the size.
+    min_size: (H, W) that the scaled frames just cover, an int for a square, None to keep the size.
     Raises UnreadableFile.
     """
     times = None
     for strategy in ("seek", "start", "count"):  # most files need only the first
         try:
             with open_video(path, quick=strategy == "seek") as (container, stream):
-                if strategy == "seek":
+                if times is None:
                     first, duration = extent(path, container, stream)
                     times = choose(first, duration)
                     order = np.argsort(times, kind="stable")
-                frames = _read_frames(path, container, stream, [times[k] for k in order], first, duration,
-                                      min_size, strategy)
+                frames = read_frames(path, container, stream, [times[k] for k in order],
+                                     first, duration, min_size, strategy)
         except UnreadableFile:
             if strategy != "seek" or times is None:
                 raise
-            continue  # the seek itself may be at fault
+            continue                            # the seek itself may be at fault
         if frames is not None:
             if any(frame.shape != frames[0].shape for frame in frames):
                 raise UnreadableFile(path, "the picture changes its shape within the clip")
             return torch.from_numpy(np.stack([frames[k] for k in np.argsort(order)]))
 
 
-def _packets_from_keyframe(container, stream, time):
+def packets_from_keyframe(container, stream, time):
     """The packets of the stream from a keyframe at or before `time` (s) on.
 
-    An MPEG transport stream has no index: a seek lands between keyframes. The next try is then earlier.
+    An MPEG transport stream has no index: a seek lands between keyframes, so the next is earlier.
     """
-    first = None
     for back in (0, 1, 4, 16, 64):
         container.seek(round((time - back) / stream.time_base), stream=stream)
-        packets = itertools.dropwhile(lambda packet: not packet.is_keyframe, container.demux(stream))
+        packets = itertools.dropwhile(lambda packet: not packet.is_keyframe,
+                                      container.demux(stream))
         first = next(packets, None)
-        if first and (first.pts is None or first.pts * float(stream.time_base) <= time + CLOCK_SLACK):
+        if first and (first.pts is None or first.pts * stream.time_base <= time + CLOCK_SLACK):
             return itertools.chain([first], packets)
     return iter(())
 
 
-def _decode_needed(packets, stream, times):
-    """Decodes, in H.264 without the frames that are neither on display at `times` nor needed by others.
+def decode_needed(packets, stream, times):
+    """Decodes; in H.264, without the frames that are neither on display at `times` nor referred to.
 
-    times: ascending, in s. With B-frames this takes 60 to 90 % of the time of decoding all frames.
-    Returns (iterator of frames, pts of the frame on display at each time). The latter is None where the
-    packets do not tell it. All frames are then decoded.
+    That takes 60 to 90 % of the time of decoding all frames. times: ascending, in s.
+    Returns (iterator of frames, pts of the frame on display at each time, or None if unknown).
     """
-    unit, context, ahead, expected, idle = float(stream.time_base), stream.codec_context, [], None, set()
-    if context.name == "h264":  # in other codecs "not a reference" means less, or gains nothing
+    unit, context = float(stream.time_base), stream.codec_context
+    ahead, expected, idle = [], None, set()
+    if context.name == "h264":                  # in other codecs it gains nothing
         for packet in itertools.islice(packets, LOOK_AHEAD):
             ahead.append(packet)
             time = packet.pts if packet.dts is None else packet.dts
-            if time is None or time * unit > times[-1] + REORDERED:  # all that the clip shows came before
+            if time is None or time * unit > times[-1] + REORDERED:
                 pts = [packet.pts for packet in ahead if packet.size and not packet.is_discard]
                 if pts and None not in pts:
                     pts = np.sort(pts)
-                    last = np.searchsorted(pts * unit, np.array(times) + CLOCK_SLACK, "right") - 1
-                    expected = pts[last].tolist()
+                    after = np.searchsorted(pts * unit, np.array(times) + CLOCK_SLACK, "right")
+                    expected = pts[after - 1].tolist()
                     idle = {packet.pts for packet in ahead}.difference(expected)
                 break
 
@@ -236,21 +247,23 @@ def _decode_needed(packets, stream, times):
     return frames(), expected
 
 
-def _read_frames(path, container, stream, times, first, duration, min_size, strategy):
-    """One RGB array for each of `times` (ascending, s). Only the frames on display then are converted.
+def read_frames(path, container, stream, times, first, duration, min_size, strategy):
+    """One RGB array for each of `times` (ascending, s). Only the frames on display are converted.
 
     strategy: "seek" starts at a keyframe and decodes no more than it must, "start" decodes from the
     beginning, "count" does too and takes the times from the frame rate.
-    Returns None if the strategy does not suit the file. Raises UnreadableFile if the video ends before its
-    header says and before the last moment.
+    Returns None if the strategy does not suit the file. Raises UnreadableFile if the video ends
+    before the last moment and before its header says.
     """
-    unit, pictures, expected, frames = float(stream.time_base), [], None, container.decode(stream)
+    unit, pictures, expected = float(stream.time_base), [], None
     if strategy == "seek":
-        packets = _packets_from_keyframe(container, stream, times[0])
-        frames, expected = _decode_needed(packets, stream, times)
+        packets = packets_from_keyframe(container, stream, times[0])
+        frames, expected = decode_needed(packets, stream, times)
+    else:
+        frames = container.decode(stream)
     shown, shown_time, picture = None, -math.inf, None
     for count, frame in enumerate(itertools.chain(frames, [None])):
-        if frame is None:  # the end: the last frame stays on display
+        if frame is None:                       # the end: the last frame stays on display
             if shown is None:
                 raise UnreadableFile(path, "no frame decodes")
             end = shown_time + (shown.duration or 0) * unit
@@ -261,20 +274,22 @@ def _read_frames(path, container, stream, times, first, duration, min_size, stra
         elif strategy == "count":
             time = first + count / frame_rate(stream)
         elif frame.pts is None or frame.pts * unit < shown_time:
-            return None  # the times are missing or go backwards: H.264 in AVI
-        elif strategy == "seek" and (shown is None and not frame.key_frame or "444" in frame.format.name):
-            return None  # intra refresh; of 4:4:4, the first frame alone tells of a fault of old encoders
+            return None                         # H.264 in AVI
+        elif strategy == "seek" and shown is None and not frame.key_frame:
+            return None                         # intra refresh: no clean picture to start from
+        elif strategy == "seek" and "444" in frame.format.name:
+            return None                         # a fault of old encoders shows in frame 0 only
         else:
             time = frame.pts * unit
-        while time > times[len(pictures)] + CLOCK_SLACK:  # the frame before was on display
+        while time > times[len(pictures)] + CLOCK_SLACK:          # the frame before was on display
             if shown is None:
                 if strategy == "seek":
                     return None
-                shown = frame  # nothing comes earlier
+                shown = frame                   # nothing comes earlier
             if expected and shown.pts != expected[len(pictures)]:
                 return None
             if picture is None:
-                picture = _rgb(shown, min_size)
+                picture = to_rgb(shown, min_size)
             pictures.append(picture)
             if len(pictures) == len(times):
                 return pictures
@@ -286,22 +301,23 @@ def quarter_turns(frame):
     return round(frame.rotation / 90)
 
 
-def _rgb(frame, min_size):
-    """(3, H, W) uint8 array of a decoded frame: scaled and converted in one pass, then turned upright."""
+def to_rgb(frame, min_size):
+    """(3, H, W) uint8 of a decoded frame: scaled and converted in one pass, then turned upright."""
     scale = 1
     if min_size:
-        height, width = (min_size, min_size) if isinstance(min_size, int) else min_size
+        high, wide = (min_size, min_size) if isinstance(min_size, int) else min_size
         if quarter_turns(frame) % 2:
-            height, width = width, height
-        scale = max(height / frame.height, width / frame.width)
-    rgb = frame.reformat(round(frame.width * scale), round(frame.height * scale), "rgb24", threads=1)
-    return np.rot90(rgb.to_ndarray(), quarter_turns(frame)).transpose(2, 0, 1)
+            high, wide = wide, high
+        scale = max(high / frame.height, wide / frame.width)
+    size = round(frame.width * scale), round(frame.height * scale)
+    rgb = frame.reformat(*size, "rgb24", threads=1).to_ndarray()                # (H, W, 3)
+    return np.rot90(rgb, quarter_turns(frame)).transpose(2, 0, 1)
 
 
 def read_image(path):
-    """Reads an image as PIL RGB. Like the release it drops alpha and does not apply the EXIF orientation.
+    """Reads an image as PIL RGB, without alpha and the EXIF orientation, as the release does.
 
-    An image above the size at which Pillow suspects an attack (179 million pixels) is halved until below.
+    Above the size at which Pillow suspects an attack (179 million pixels) it is halved until below.
     Raises UnreadableFile if it is damaged or cut off.
     """
     check_regular(path)
@@ -309,16 +325,15 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             image.load()
-            image.info.pop("transparency", None)  # of a palette; Pillow would warn that it is dropped
-            if image.mode.startswith("I"):  # 16 bits per pixel: convert() would clip to white
+            image.info.pop("transparency", None)                  # of a palette: Pillow would warn
+            if image.mode.startswith("I"):      # 16 bits per pixel: convert() would clip to white
                 high_bytes = np.asarray(image).astype(np.uint32) >> 8
                 image = Image.fromarray(high_bytes.clip(0, 255).astype(np.uint8))
             image = image.convert("RGB")
-        while limit and image.width * image.height > 2 * limit:  # Pillow would refuse to crop it
+        while limit and image.width * image.height > 2 * limit:   # Pillow would refuse to crop it
             image = image.reduce(2)
         return image
-    except Exception as error:  # a damaged file can raise anything in Pillow
-        check_file_limit(error)
-        raise UnreadableFile(path, error) from error
+    except Exception as error:                  # a damaged file can raise anything in Pillow
+        raise unreadable(path, error) from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit

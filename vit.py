@@ -1,7 +1,8 @@
-"""ViT for images: plain pre-norm transformer over 16x16 patches (Sec. 5; Dosovitskiy et al., ICLR 2021).
+"""ViT for images: plain pre-norm transformer over 16x16 patches (Sec. 5).
 
-Attribute names are timm's. Class token, learned absolute positions, no relative ones, no layer scale; classification
-from the mean of the patch tokens, normalised after pooling (release), or from the class token. Needs only torch.
+Class token, learned absolute positions, no layer scale (Dosovitskiy et al., ICLR 2021). The head
+sees the mean of the patch tokens, normalized after pooling (release), or the class token. Attribute
+names are timm's. Needs only torch.
 """
 import torch
 import torch.nn as nn
@@ -19,7 +20,7 @@ class DropPath(nn.Module):
     def forward(self, x):
         if self.p == 0 or not self.training:
             return x
-        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.p
+        keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.p
         return x * keep / (1 - self.p)
 
 
@@ -33,7 +34,7 @@ class Attention(nn.Module):
     def forward(self, x):
         """(B, N, D) -> (B, N, D)."""
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))               # (B, N, 3, heads, C)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # (B, heads, N, C) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, heads, N, C) each
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -63,8 +64,17 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+def check_divisible(size, patch):
+    """Raise ValueError unless both sides of the image size (H, W) are multiples of `patch`."""
+    for axis, side in zip("HW", size):
+        if side < patch or side % patch:
+            low = side - side % patch
+            raise ValueError(f"image size {size[0]}x{size[1]} is not divisible by patch {patch}: "
+                             f"{axis}={side}, use {low or patch} or {low + patch}")
+
+
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches; `patch_size` pixels a side."""
+    """Non-overlapping patches, `patch_size` pixels a side."""
 
     def __init__(self, dim, patch_size):
         super().__init__()
@@ -72,38 +82,30 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
 
     def forward(self, x):
-        for axis, side in zip("HW", x.shape[-2:]):
-            if side % self.patch_size:
-                low = side - side % self.patch_size
-                raise ValueError(f"image {x.shape[-2]}x{x.shape[-1]} is not divisible by patch {self.patch_size}: "
-                                 f"{axis}={side}, use {low or self.patch_size} or {low + self.patch_size}")
+        check_divisible(x.shape[-2:], self.patch_size)
         return self.proj(x)                                                   # (B, dim, H/p, W/p)
 
 
 class ViT(nn.Module):
-    """Vision transformer (Sec. 5.1). Built by the presets below.
+    """Vision transformer (Sec. 5). Built by the presets below.
 
-    image_size: int or (H, W), divisible by patch_size; the size that `pos_embed` is made for. Other sizes work at
-        run time: positions are resized bicubically.
-    num_classes: 0 leaves out the final norm and head: the trunk that MaskFeat takes.
-    drop_path: rate at the last block, growing linearly from 0. checkpointing: recompute blocks in the backward pass.
-    pool: what the head sees: "mean" of the patch tokens (release's fine-tuning), or "cls" token (timm, DeiT).
+    image_size: int or (H, W) that `pos_embed` is made for. Others work, too: it is resized.
+    num_classes: 0 leaves out the final norm and head, which gives the trunk for MaskFeat.
+    drop_path: rate at the last block, growing linearly from 0.
+    checkpointing: recompute each block in the backward pass.
+    pool: what the head sees, "mean" of the patch tokens (release) or "cls" token (timm, DeiT).
     dropout: before the head.
     """
 
-    def __init__(self, embed_dim, depth, num_heads, num_classes=1000, image_size=224, patch_size=16, drop_path=0.0,
-                 checkpointing=False, pool="mean", dropout=0.0):
+    def __init__(self, embed_dim, depth, num_heads, num_classes=1000, image_size=224,
+                 patch_size=16, drop_path=0.0, checkpointing=False, pool="mean", dropout=0.0):
         super().__init__()
         H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
-        for axis, side in zip("HW", (H, W)):
-            if side < patch_size or side % patch_size:
-                low = side - side % patch_size
-                raise ValueError(f"image_size={H}x{W} is not divisible by patch_size {patch_size}: {axis}={side}, "
-                                 f"use {low or patch_size} or {low + patch_size}")
+        check_divisible((H, W), patch_size)
         if pool not in ("mean", "cls"):
             raise ValueError(f'pool={pool!r}: use "mean" or "cls"')
         self.grid = (H // patch_size, W // patch_size)
-        self.patch_stride = (patch_size, patch_size)                          # pixels per token along H, W
+        self.patch_stride = (patch_size, patch_size)                    # pixels per token
         self.stem_dim = self.embed_dim = embed_dim
         self.checkpointing, self.pool, self.dropout = checkpointing, pool, dropout
 
@@ -121,14 +123,14 @@ class ViT(nn.Module):
 
     @staticmethod
     def _init(m):
-        """Release: trunc-normal 0.02 weights; biases of Linear and LayerNorm are 0.02, not 0."""
+        """Release: weights are trunc-normal, and biases of Linear and LayerNorm are 0.02, not 0."""
         if isinstance(m, (nn.Linear, nn.Conv2d)):
             nn.init.trunc_normal_(m.weight, std=0.02)
         if isinstance(m, (nn.Linear, nn.LayerNorm)):
             nn.init.constant_(m.bias, 0.02)
 
     def positions(self, grid):
-        """Position table (1, 1 + h*w, D) for a token grid (h, w)."""
+        """Position table (1, 1 + h*w, D) for a token grid (h, w), resized bicubically."""
         if tuple(grid) == self.grid:
             return self.pos_embed
         table = self.pos_embed[:, 1:].unflatten(1, self.grid).permute(0, 3, 1, 2).float()
@@ -136,14 +138,14 @@ class ViT(nn.Module):
         return torch.cat([self.pos_embed[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
 
     def embed(self, x):
-        """(B, 3, H, W) -> patch tokens (B, N, D), without positions, and their grid (h, w). MaskFeat masks here."""
+        """(B, 3, H, W) -> patch tokens (B, N, D) without positions, and their grid (h, w)."""
         x = self.patch_embed(x)
         return x.flatten(2).transpose(1, 2), tuple(x.shape[2:])
 
     def encode(self, tokens, grid):
         """Patch tokens (B, N, D) -> (B, 1 + N, D), the class token first, and the same grid."""
         x = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
-        x = x + self.positions(grid)                                # also at masked tokens (Sec. 2.1)
+        x = x + self.positions(grid)                              # also at masked tokens (Sec. 2.1)
         for block in self.blocks:
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
@@ -152,29 +154,31 @@ class ViT(nn.Module):
         return x, grid
 
     def features(self, x):
-        """(B, 3, H, W) -> pooled features (B, D), normed unless num_classes=0."""
+        """(B, 3, H, W) -> pooled features (B, D), then normalized unless num_classes=0."""
         x, _ = self.encode(*self.embed(x))
-        x = x[:, 1:].mean(dim=1) if self.pool == "mean" else x[:, 0]          # release: pooled, then normed
+        x = x[:, 1:].mean(dim=1) if self.pool == "mean" else x[:, 0]
         return self.norm(x) if hasattr(self, "head") else x
 
     def forward(self, x):
         """(B, 3, H, W) -> logits (B, num_classes), or features with num_classes=0."""
         x = self.features(x)
-        return self.head(F.dropout(x, self.dropout, self.training)) if hasattr(self, "head") else x
+        if not hasattr(self, "head"):
+            return x
+        return self.head(F.dropout(x, self.dropout, self.training))
 
 
 def vit_tiny(**kw):
-    """128 wide, 6 blocks, 4 heads, 8x8 patches, 1.2 M parameters without head, made for 64x64 images. Not in the paper."""
+    """1.2 M parameters without head, made for 64x64 images. Not in the paper."""
     return ViT(128, 6, 4, **{"patch_size": 8, "image_size": 64, **kw})
 
 
 def vit_b(**kw):
-    """86 M parameters (Sec. 5.1)."""
+    """86 M parameters (Sec. 5, Table 7)."""
     return ViT(768, 12, 12, **kw)
 
 
 def vit_l(**kw):
-    """304 M parameters (Sec. 5.1)."""
+    """304 M parameters (Sec. 5, Table 7)."""
     return ViT(1024, 24, 16, **kw)
 
 

@@ -1,4 +1,4 @@
-"""Shared by the tests: the project on the path, and the inputs that tests/golden was measured on."""
+"""Shared by the tests: the project on the path, runs of the scripts, golden inputs."""
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ def golden():
 
 @pytest.fixture(scope="session")
 def released(tmp_path_factory):
-    """released("mvitv2_s_pt") -> path of a checkpoint in the release's layout with deterministic weights."""
+    """released("mvitv2_s_pt") -> path of a checkpoint in the release's layout."""
     from make_checkpoint import main
     folder = tmp_path_factory.mktemp("released")
 
@@ -35,7 +35,8 @@ def released(tmp_path_factory):
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory):
     """A folder with 12 training and 4 validation clips."""
-    code = ("import sys, numpy as np; from pathlib import Path; from tools.synthetic import draw_clip, write_video\n"
+    code = ("import sys, numpy as np; from pathlib import Path\n"
+            "from tools.synthetic import draw_clip, write_video\n"
             "for split, count in (('train', 6), ('val', 2)):\n"
             "    for name in ('circle_growing', 'square_up_down'):\n"
             "        folder = Path(sys.argv[1], split, name); folder.mkdir(parents=True)\n"
@@ -45,6 +46,31 @@ def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=ROOT)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained(clips, tmp_path_factory):
+    """(folder, output) of an uninterrupted pre-training with one process."""
+    import runs
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    return out, runs.run_well("pretrain.py", "--data", clips, "--out", out, *runs.PRETRAIN)
+
+
+@pytest.fixture(scope="session")
+def finetuned(clips, pretrained, tmp_path_factory):
+    """(folder, output) of an uninterrupted fine-tuning of it, and its baseline from scratch."""
+    import runs
+    out = tmp_path_factory.mktemp("finetuned") / "run"
+    return out, runs.run_well("finetune.py", "--data", clips, "--out", out, *runs.FINETUNE,
+                              "--init", pretrained[0] / "last.pt", "--baseline")
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory):
+    """{name: path} of the numbered videos of test_video.py."""
+    from test_video import VIDEOS, write_video
+    folder = tmp_path_factory.mktemp("videos")
+    return {name: write_video(folder / name, **spec) for name, spec in VIDEOS.items()}
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 """Scripts as processes: start, kill at a step, read what they left."""
+import importlib
 import json
 import os
 import signal
@@ -6,36 +7,72 @@ import subprocess
 import sys
 import time
 
-import torch
-
-from conftest import ROOT
+import engine
 from engine import read_checkpoint
 
+import torch
+from conftest import ROOT
+
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+# 12 clips of 2 classes, batch 4: 3 steps per epoch, 9 steps. Batches, masks and lr come from the
+# recipe alone.
+SMALL = ["--image-size", 32, "--frames", 4, "--sampling-rate", 2, "--batch-size", 4, "--epochs", 3,
+         "--warmup-epochs", 1, "--log-every", 1, "--workers", 0, "--drop-path", 0.2]
+PRETRAIN = [*SMALL, "--output-stride", 8]
+# every augmentation on
+FINETUNE = [*SMALL, "--dropout", 0.1, "--rand-augment", "rand-m7-mstd0.5-inc1", "--erase", 0.5,
+            "--repeats", 2, "--layer-decay", 0.75, "--mixup", 0.8, "--cutmix", 1, "--smoothing",
+            0.1, "--val-epochs", 2, "--clips", 2]
+SCRATCH = ["--init", "", "--no-baseline"]
 
 
 def command(script, *flags, processes=1):
     launch = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc_per_node={processes}"]
     return [*launch, str(ROOT / script), *map(str, flags)]
 
 
 def run(script, *flags, **kw):
-    return subprocess.run(command(script, *flags, **kw), capture_output=True, text=True, env=ENV, timeout=300)
+    return subprocess.run(command(script, *flags, **kw), capture_output=True, text=True, env=ENV,
+                          timeout=300)
+
+
+def run_well(script, *flags, **kw):
+    """Output of a run that must end well."""
+    done = run(script, *flags, **kw)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def refusal(monkeypatch, capsys, script, *flags):
+    """The one line with which a script refuses its flags, in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+    try:
+        engine.run_main(importlib.import_module(script).main)
+    except SystemExit as exit:
+        assert exit.code == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+    raise AssertionError(f"{script} {flags} was not refused")
 
 
 def log_of(out):
-    """The whole lines of a run's log; one that is being written may lack its end."""
-    return [json.loads(line) for line in open(os.path.join(out, "log.jsonl")) if line.endswith("\n")]
+    """The whole lines of a run's log. One that is being written may lack its end."""
+    with open(os.path.join(out, "log.jsonl")) as f:
+        return [json.loads(line) for line in f if line.endswith("\n")]
 
 
 def kill_at(step, out, script, *flags, sent=signal.SIGKILL, **kw):
-    """Start a run, and kill it and all its children once the log in `out` shows `step`. Returns (exit status, output)."""
-    process = subprocess.Popen(command(script, *flags, **kw), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env=ENV, start_new_session=True)
+    """Start a run, and kill it and its children once the log in `out` shows `step`.
+
+    Returns (exit status, output).
+    """
+    process = subprocess.Popen(command(script, *flags, **kw), stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.STDOUT, env=ENV, start_new_session=True)
     try:
         for _ in range(2400):
-            if os.path.exists(os.path.join(out, "log.jsonl")) and any(d["step"] >= step for d in log_of(out)):
+            logged = os.path.exists(os.path.join(out, "log.jsonl"))
+            if logged and any(line["step"] >= step for line in log_of(out)):
                 break
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.05)
@@ -55,4 +92,5 @@ def assert_same_weights(a, b):
     for name in a["model"]:
         assert torch.equal(a["model"][name], b["model"][name]), name
     for key, state in a["optimizer"]["state"].items():
-        assert all(torch.equal(value, b["optimizer"]["state"][key][name]) for name, value in state.items())
+        other = b["optimizer"]["state"][key]
+        assert all(torch.equal(value, other[name]) for name, value in state.items())

@@ -1,20 +1,17 @@
-"""Our models against figures measured on the official release, through released-layout checkpoints."""
+"""Our models against figures of the release, through checkpoints in its layout."""
 import json
+
+from engine import lr_at, param_groups, read_checkpoint
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import GOLDEN, golden_input, golden_mask
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import mvit
-import vit
-from conftest import GOLDEN, golden_input, golden_mask
-from convert import foreign_recipe, load_weights, read_checkpoint, recognize
-from models import build_maskfeat
-from engine import lr_at, param_groups
-
-MODELS = {**mvit.MODELS, **vit.MODELS}
+from convert import foreign_recipe, load_weights, recognize
+from models import MODELS, build_maskfeat
 
 
 def released_maskfeat(path):
@@ -27,7 +24,8 @@ def watch_blocks(encoder):
     """Outputs of every block, (B, 1 + N, D), filled by the next forward pass."""
     outputs = []
     for block in encoder.blocks:
-        block.register_forward_hook(lambda m, args, out: outputs.append((out[0] if isinstance(out, tuple) else out).detach()))
+        block.register_forward_hook(lambda m, args, out: outputs.append(
+            (out[0] if isinstance(out, tuple) else out).detach()))
     return outputs
 
 
@@ -36,15 +34,16 @@ def compare_blocks(outputs, z):
     stats = [[x.double().mean(), x.double().std(correction=0), x.abs().max()] for x in outputs]
     np.testing.assert_allclose(np.array(stats, dtype=float), z["block_stats"], rtol=1e-5, atol=1e-6)
     for token, field in enumerate(("block_first8_token0", "block_first8_token1")):
-        np.testing.assert_allclose(torch.stack([x[0, token, :8] for x in outputs]), z[field], atol=2e-5)
+        first8 = torch.stack([x[0, token, :8] for x in outputs])
+        np.testing.assert_allclose(first8, z[field], atol=2e-5)
 
 
 def official(name):
     """Our parameter name under its official one, as far as the golden files name it."""
     if name.startswith("encoder.") or name == "mask_token":
         return name.removeprefix("encoder.")
-    return {"norm.weight": "pred_head.transforms.0.0.weight", "norm.bias": "pred_head.transforms.0.0.bias",
-            "head.weight": "pred_head.projections.0.weight", "head.bias": "pred_head.projections.0.bias"}[name]
+    layer, kind = name.split(".")
+    return {"norm": "pred_head.transforms.0.0.", "head": "pred_head.projections.0."}[layer] + kind
 
 
 def compare_gradients(parameters, z):
@@ -52,12 +51,16 @@ def compare_gradients(parameters, z):
     norms = {name: p.grad.double().norm().item() for name, p in parameters.items()}
     for name, want, first in zip(z["grad_names"], z["grad_norms"], z["grad_first4"]):
         assert norms[name] == pytest.approx(want, rel=1e-4), name
-        np.testing.assert_allclose(parameters[name].grad.flatten()[:4], first, rtol=1e-3, atol=1e-4 * want)
-    assert sum(n ** 2 for n in norms.values()) ** 0.5 == pytest.approx(float(z["grad_total_norm"]), rel=1e-4)
+        got = parameters[name].grad.flatten()[:4]
+        np.testing.assert_allclose(got, first, rtol=1e-3, atol=1e-4 * want)
+    total = sum(n ** 2 for n in norms.values()) ** 0.5
+    assert total == pytest.approx(float(z["grad_total_norm"]), rel=1e-4)
 
 
-@pytest.mark.parametrize("name, x_shape, mask_shape", [("vit_b_pt", (2, 3, 224, 224), (2, 14, 14)),
-                                                       ("mvitv2_s_pt", (2, 3, 16, 224, 224), (2, 8, 14, 14))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name, x_shape, mask_shape", [
+    ("vit_b_pt", (2, 3, 224, 224), (2, 14, 14)),
+    ("mvitv2_s_pt", (2, 3, 16, 224, 224), (2, 8, 14, 14))])
 def test_pretraining(name, x_shape, mask_shape, golden, released):
     z, x, mask = golden(f"{name}.npz"), golden_input(x_shape), golden_mask(mask_shape)
     assert mask.sum() == z["mask_sum"] and mask.any() and not mask.all()
@@ -72,20 +75,23 @@ def test_pretraining(name, x_shape, mask_shape, golden, released):
     flat = prediction[masked].detach().flatten()
     np.testing.assert_allclose(flat[:64], z["pred_first64"], atol=1e-5)
     np.testing.assert_allclose(flat[-64:], z["pred_last64"], atol=1e-5)
-    np.testing.assert_allclose(model.compute_target(x)[masked].flatten()[:108], z["target_first108"], atol=1e-6)
+    target = model.compute_target(x)[masked].flatten()
+    np.testing.assert_allclose(target[:108], z["target_first108"], atol=1e-6)
     loss.backward()
     compare_gradients({official(n): p for n, p in model.named_parameters()}, z)
     assert all(p.grad is not None for p in model.parameters())
 
-    if "loss_coarse_mask" in z:                                               # the loader's 8x7x7 mask, enlarged inside
+    if "loss_coarse_mask" in z:                                 # 8x7x7 as the release's loader
         coarse = golden_mask((2, 8, 7, 7))
         with torch.no_grad():
             loss, prediction = model(x, coarse)
         assert loss.item() == pytest.approx(float(z["loss_coarse_mask"]), rel=1e-5)
         fine = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3).flatten(1)
-        np.testing.assert_allclose(prediction[fine].flatten()[:64], z["coarse_pred_first64"], atol=1e-5)
+        first64 = prediction[fine].flatten()[:64]
+        np.testing.assert_allclose(first64, z["coarse_pred_first64"], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, shape, classes", [("vit_b_ft", (2, 3, 224, 224), 1000),
                                                   ("mvitv2_s_ft", (2, 3, 16, 224, 224), 400)])
 def test_finetuned(name, shape, classes, golden, released):
@@ -95,7 +101,7 @@ def test_finetuned(name, shape, classes, golden, released):
     assert not report["fresh"] and not report["resized"] and not report["left out"]
     assert sum(p.numel() for p in model.parameters()) == z["param_count"]
     outputs = watch_blocks(model)
-    # The unfused kernel: the fused one's approximate exp on a CPU moves one cancelling gradient sum by 1.1e-4.
+    # The fused kernel's approximate exp on a CPU moves one gradient by 1.1e-4.
     with sdpa_kernel(SDPBackend.MATH):
         logits = model(golden_input(shape))
     compare_blocks(outputs, z)
@@ -110,9 +116,11 @@ def test_finetuned(name, shape, classes, golden, released):
     compare_gradients(parameters, z)
 
 
+@pytest.mark.slow
 def test_trajectory(golden, released):
     """Five AdamW updates of ViT-B: losses, gradient norms and final weights."""
-    z, x, mask = golden("traj_vit_b_pt.npz"), golden_input((2, 3, 224, 224)), golden_mask((2, 14, 14))
+    z = golden("traj_vit_b_pt.npz")
+    x, mask = golden_input((2, 3, 224, 224)), golden_mask((2, 14, 14))
     model = released_maskfeat(released("vit_b_pt"))
     groups = param_groups(model, 0.05)
     assert [len(g["params"]) for g in groups] == z["group_sizes"].tolist()
@@ -136,7 +144,8 @@ def test_trajectory(golden, released):
 
 
 @pytest.mark.parametrize("name, options, count", [
-    ("mvitv2_s", {}, 36_475_120), ("mvitv2_l", {}, 217_578_064), ("vit_b", {}, 86_567_656), ("vit_l", {}, 304_326_632),
+    ("mvitv2_s", {}, 36_475_120), ("mvitv2_l", {}, 217_578_064), ("vit_b", {}, 86_567_656),
+    ("vit_l", {}, 304_326_632),
     ("mvitv2_s", {"expand": "attn"}, 34_537_744), ("mvitv2_l", {"expand": "attn"}, 213_220_480),
     ("mvitv2_l", {"image_size": 312, "num_frames": 32}, 217_720_048),
     ("mvitv2_l", {"image_size": 312, "num_frames": 40}, 217_747_696),
@@ -152,9 +161,9 @@ def test_parameter_counts(name, options, count):
 @pytest.mark.parametrize("name, count", [("mvitv2_s", 36_253_356), ("mvitv2_l", 217_247_580),
                                          ("vit_b", 85_882_476), ("vit_l", 303_413_356)])
 def test_parameter_counts_pretraining(name, count):
-    recipe = dict(model=name, target="hog", image_size=(224, 224), num_frames=16, output_stride=16, patch_size=16,
-                  expand="mlp", drop_path=0.0, checkpointing=False, bins=9, cell=8, norm="l2", color="rgb",
-                  gradient="sobel")
+    recipe = dict(model=name, target="hog", image_size=(224, 224), num_frames=16, output_stride=16,
+                  patch_size=16, expand="mlp", drop_path=0.0, checkpointing=False, bins=9, cell=8,
+                  norm="l2", color="rgb", gradient="sobel")
     with torch.device("meta"):
         model = build_maskfeat(recipe)
     assert sum(p.numel() for p in model.parameters()) == count

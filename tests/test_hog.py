@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-
 from conftest import GOLDEN as FOLDER
-from hog import HOG, draw_hog, patch_hog, unpatch_hog
 from plain import plain_hog
+
+from hog import HOG, draw_hog, patch_hog, unpatch_hog
 
 GOLDEN = np.load(FOLDER / "hog_image.npz")
 
@@ -126,7 +126,8 @@ def test_axis_gradients_and_border():
     ramp = torch.linspace(0, 3, 32).expand(1, 3, 32, 32)
     for image, own in ((ramp, 4), (ramp.mT, 0), (-ramp, 4), (-ramp.mT, 0)):
         hog = HOG(norm="none")(image)                       # gy = 0: bin 4, gx = 0: bin 0
-        assert (hog[:, :, own] > 1).all() and hog[:, :, [k for k in range(9) if k != own]].max() < 1e-5
+        others = [k for k in range(9) if k != own]
+        assert (hog[:, :, own] > 1).all() and hog[:, :, others].max() < 1e-5
     noise = HOG(cell=1, norm="none")(random_image(1, 3, 32, 32))
     column, row = noise[..., [0, -1]], noise[..., [0, -1], 1:-1]            # reflected
     assert (column[:, :, 1:] == 0).all()
@@ -158,7 +159,8 @@ def test_any_memory_layout_and_device():
     image = random_image(2, 3, 16, 24)
     for options in ({}, {"gradient": "central"}, {"color": "opponent"}):
         hog = HOG(**options)
-        for other in (image.contiguous(memory_format=torch.channels_last), image.mT.contiguous().mT):
+        last = image.contiguous(memory_format=torch.channels_last)
+        for other in (last, image.mT.contiguous().mT):
             assert torch.equal(hog(other), hog(image))
     assert HOG().to("meta")(image.to("meta")).shape == HOG()(image).shape
     assert HOG()(image[:0]).shape == (0, 3, 9, 2, 3)
@@ -240,7 +242,8 @@ def test_errors_name_the_value():
         with pytest.raises(ValueError, match=word):
             HOG(**options)
     for shape, word in (((1, 3, 220, 224), "H=220.*216 or 224"), ((1, 3, 8, 4), "W=4"),
-                        ((3, 16, 16), "16, 16"), ((1, 1, 16, 16), "1, 1"), ((1, 3, 4, 16, 16), "4")):
+                        ((3, 16, 16), "16, 16"), ((1, 1, 16, 16), "1, 1"),
+                        ((1, 3, 4, 16, 16), "4, 16")):
         with pytest.raises(ValueError, match=word):
             HOG()(torch.zeros(shape))
     with pytest.raises(ValueError, match="7x8"):

@@ -1,4 +1,4 @@
-"""layouts.py against small folders in each layout; most files in them are empty, since only names count."""
+"""layouts.py against small folders in each layout. Most files are empty: only names count."""
 
 import json
 import os
@@ -23,26 +23,28 @@ def names_of(samples, root):
 
 
 def test_layout_folders(tmp_path):
-    touch(tmp_path, "train/b/2.MP4", "train/b/10.mov", "train/a/x y.webm", "train/b/notes.txt", "train/loose.mp4",
-          "val/c/1.mkv", "train/a/._hidden.mp4")
+    touch(tmp_path, "train/b/2.MP4", "train/b/10.mov", "train/a/x y.webm", "train/b/notes.txt",
+          "train/loose.mp4", "val/c/1.mkv", "train/a/._hidden.mp4")
     train, val = layouts.find_samples(tmp_path), layouts.find_samples(tmp_path, "val")
     assert names_of(train, tmp_path) == ["train/a/x y.webm", "train/b/10.mov", "train/b/2.MP4"]
     assert (train.kind, train.labels, train.classes) == ("video", [0, 1, 1], ["a", "b", "c"])
-    assert sorted(os.path.basename(path) for path in train.ignored) == ["._hidden.mp4", "loose.mp4", "notes.txt"]
+    assert sorted(os.path.basename(path) for path in train.ignored) == [
+        "._hidden.mp4", "loose.mp4", "notes.txt"]
     assert val.labels == [2] and val.classes == train.classes
 
 
 def test_layout_csv_with_odd_paths(tmp_path):
     away = tmp_path / "away" / "abs.mp4"
-    touch(tmp_path, "set/a b.mp4", "set/bob's clip.mp4", 'set/say "hi" now.mp4', "set/c.mp4", "set/old.avi copy.mp4",
-          "away/abs.mp4")
+    touch(tmp_path, "set/a b.mp4", "set/bob's clip.mp4", 'set/say "hi" now.mp4', "set/c.mp4",
+          "set/old.avi copy.mp4", "away/abs.mp4")
     (tmp_path / "set/train.csv").write_text(
-        '"a b.mp4" 3\na b.mp4 4\nbob\'s clip.mp4 3\n"say ""hi"" now.mp4" 5\nsay "hi" now.mp4 6\n\nc.mp4\nc.mp4 77 8\n'
+        '"a b.mp4" 3\na b.mp4 4\nbob\'s clip.mp4 3\n"say ""hi"" now.mp4" 5\n'
+        'say "hi" now.mp4 6\n\nc.mp4\nc.mp4 77 8\n'
         f'old.avi copy.mp4 2\n./../set/c.mp4 9\n{away} 1\nnot there.mp4 3\r\n', newline="")
     samples = layouts.find_samples(tmp_path / "set")
     assert names_of(samples, tmp_path / "set") == [
-        "a b.mp4", "a b.mp4", "bob's clip.mp4", 'say "hi" now.mp4', 'say "hi" now.mp4', "c.mp4", "c.mp4",
-        "old.avi copy.mp4", "c.mp4", "../away/abs.mp4"]
+        "a b.mp4", "a b.mp4", "bob's clip.mp4", 'say "hi" now.mp4', 'say "hi" now.mp4', "c.mp4",
+        "c.mp4", "old.avi copy.mp4", "c.mp4", "../away/abs.mp4"]
     assert samples.labels == [3, 4, 3, 5, 6, -1, 8, 2, 9, 1]
     assert samples.missing == [str(tmp_path / "set/not there.mp4")]
     with pytest.raises(ValueError, match="no val split"):
@@ -55,9 +57,11 @@ def test_layout_csv_with_odd_paths(tmp_path):
 def test_layout_official_kinetics_csv(tmp_path):
     header = "label,youtube_id,time_start,time_end,split\n"
     (tmp_path / "kinetics_400_train.csv").write_text(
-        header + '"riding, a bike",-a_b,5,15,train\nabseiling,xyz,0,10,train\nzumba,gone,1,11,train\n')
+        header + '"riding, a bike",-a_b,5,15,train\nabseiling,xyz,0,10,train\n'
+        "zumba,gone,1,11,train\n")
     (tmp_path / "validate.csv").write_text(header + "zumba,v1,100,110,validate\n")
-    touch(tmp_path, "train/riding a bike/-a_b_000005_000015.mp4", "xyz.mkv", "val/v1_000100_000110.mp4")
+    touch(tmp_path, "train/riding a bike/-a_b_000005_000015.mp4", "xyz.mkv",
+          "val/v1_000100_000110.mp4")
     train, val = layouts.find_samples(tmp_path), layouts.find_samples(tmp_path, "val")
     assert names_of(train, tmp_path) == ["train/riding a bike/-a_b_000005_000015.mp4", "xyz.mkv"]
     assert train.classes == ["abseiling", "riding, a bike", "zumba"] == val.classes
@@ -73,13 +77,15 @@ def test_layout_flat_and_fingerprint(tmp_path):
     moved = layouts.find_samples(tmp_path / "two")
     assert layouts.fingerprint(moved) == layouts.fingerprint(samples)
     touch(tmp_path, "two/c.png")
-    assert layouts.fingerprint(layouts.find_samples(tmp_path / "two")) != layouts.fingerprint(samples)
+    more = layouts.find_samples(tmp_path / "two")
+    assert layouts.fingerprint(more) != layouts.fingerprint(samples)
 
 
 def test_find_samples_errors_say_what_and_where(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent"):
         layouts.find_samples(tmp_path / "absent")
-    touch(tmp_path, "flat/a.mp4", "empty/readme.txt", "mixed/a.mp4", "mixed/b.png", "mixed/c.png", "half/train/x/a.mp4")
+    touch(tmp_path, "flat/a.mp4", "empty/readme.txt", "mixed/a.mp4", "mixed/b.png",
+          "mixed/c.png", "half/train/x/a.mp4")
     with pytest.raises(ValueError, match="(?s)no val split.*accepted layouts"):
         layouts.find_samples(tmp_path / "flat", "val")
     with pytest.raises(ValueError, match="no val split"):
@@ -96,38 +102,43 @@ def test_layout_kinetics_600_and_700(tmp_path):
         header + "testifying,---QUuC4vJs,84,94,train\nair drumming,b,0,10,train\n")
     (tmp_path / "kinetics700_2020_validate.csv").write_text(
         "label,youtube_id,time_start,time_end,split,is_cc\n\"air drumming\",c,104,114,validate,0\n")
-    touch(tmp_path, "k600/train/---QUuC4vJs_000084_000094.mp4", "b_000000_000010.jpg", "any/b_000000_000010.mp4",
-          "val/air drumming/c_000104_000114.mp4")
+    touch(tmp_path, "k600/train/---QUuC4vJs_000084_000094.mp4", "b_000000_000010.jpg",
+          "any/b_000000_000010.mp4", "val/air drumming/c_000104_000114.mp4")
     train, val = layouts.find_samples(tmp_path), layouts.find_samples(tmp_path, "val")
-    assert names_of(train, tmp_path) == ["k600/train/---QUuC4vJs_000084_000094.mp4", "any/b_000000_000010.mp4"]
+    assert names_of(train, tmp_path) == [
+        "k600/train/---QUuC4vJs_000084_000094.mp4", "any/b_000000_000010.mp4"]
     assert (train.labels, val.labels, val.classes) == ([1, 0], [0], ["air drumming", "testifying"])
 
 
-# ---------------------------------------------------------------- Something-Something v2, ImageNet, few labels
+# --------------------------------------------- Something-Something v2, ImageNet, limit per class
 
 
-TEMPLATES = ["Holding [something]", "Moving [something] so that it falls", "Putting [something like it]"]
+TEMPLATES = ["Holding [something]", "Moving [something] so that it falls",
+             "Putting [something like it]"]
 
 
 def write_something(root, prefix, **splits):
-    """labels json and a json for each split; an entry of a split is (id, number of the template)."""
-    names = {template.replace("[", "").replace("]", ""): str(k) for k, template in enumerate(TEMPLATES)}
+    """The labels json and one for each split, whose entries are (id, number of the template)."""
+    names = {template.replace("[", "").replace("]", ""): str(k)
+             for k, template in enumerate(TEMPLATES)}
     # In the file the order is another one than that of the numbers.
     (root / f"{prefix}labels.json").write_text(json.dumps(dict(reversed(names.items()))))
     for split, entries in splits.items():
         (root / f"{prefix}{split}.json").write_text(json.dumps([
-            {"id": name, "label": "holding a cup", "template": TEMPLATES[k], "placeholders": ["a cup"]}
+            {"id": name, "label": "holding a cup", "template": TEMPLATES[k],
+             "placeholders": ["a cup"]}
             for name, k in entries]))
     return list(names)
 
 
 @pytest.mark.parametrize("prefix", ["", "something-something-v2-"])
 def test_layout_something_something(tmp_path, prefix):
-    classes = write_something(tmp_path, prefix, train=[("78687", 2), ("42", 0), ("7", 1), ("100", 0)],
-                              validation=[("5", 1)])
-    (tmp_path / "train.csv").write_text("original_vido_id video_id frame_id path labels\n")  # release: a list of frames
-    touch(tmp_path, "20bn-something-something-v2/78687.webm", "20bn-something-something-v2/7.webm", "more/42.mp4",
-          "20bn-something-something-v2/5.webm", "20bn-something-something-v2/6.webm")
+    train = [("78687", 2), ("42", 0), ("7", 1), ("100", 0)]
+    classes = write_something(tmp_path, prefix, train=train, validation=[("5", 1)])
+    # Release: a list of frames.
+    (tmp_path / "train.csv").write_text("original_vido_id video_id frame_id path labels\n")
+    touch(tmp_path, *(f"20bn-something-something-v2/{k}.webm" for k in (78687, 7, 5, 6)),
+          "more/42.mp4")
     train, val = layouts.find_samples(tmp_path), layouts.find_samples(tmp_path, "val")
     assert [os.path.basename(path) for path in train.paths] == ["78687.webm", "42.mp4", "7.webm"]
     assert (train.labels, train.missing, train.kind) == ([2, 0, 1], ["100.webm"], "video")
@@ -140,7 +151,8 @@ def test_something_something_errors(tmp_path):
     touch(tmp_path, "1.webm")
     with pytest.raises(ValueError, match="no val split"):
         layouts.find_samples(tmp_path, "val")
-    (tmp_path / "train.json").write_text(json.dumps([{"id": "1", "template": "Juggling [something]"}]))
+    rows = [{"id": "1", "template": "Juggling [something]"}]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
     with pytest.raises(ValueError, match="id 1: the template 'Juggling something'"):
         layouts.find_samples(tmp_path)
     (tmp_path / "labels.json").write_text(json.dumps({"Juggling something": "1"}))
@@ -149,12 +161,14 @@ def test_something_something_errors(tmp_path):
 
 
 def test_something_something_videos_are_read(tmp_path):
-    av, data, write_video = pytest.importorskip("av"), pytest.importorskip("data"), __import__("test_data").write_video
+    data, write_video = pytest.importorskip("data"), pytest.importorskip("test_video").write_video
     write_something(tmp_path, "", train=[("11", 1)])
-    write_video(tmp_path / "20bn-something-something-v2/11.webm", range(36), Fraction(1, 12), "libvpx-vp9",
-                {"deadline": "realtime", "cpu-used": "8"})
-    items = data.TrainDataset(layouts.find_samples(tmp_path), (24, 24), num_frames=8, segments=True)
-    assert items[0, 0]["x"].shape == (3, 8, 24, 24) and items[0, 0]["label"] == 1 and not items[0, 0]["unreadable"]
+    write_video(tmp_path / "20bn-something-something-v2/11.webm", range(36), Fraction(1, 12),
+                "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"})
+    samples = layouts.find_samples(tmp_path)
+    item = data.FinetuneDataset(samples, (24, 24), num_frames=8, segments=True)[0, 0]
+    assert item["x"].shape == (1, 3, 8, 24, 24)
+    assert item["label"] == 1 and not item["unreadable"]
 
 
 def test_layout_imagenet(tmp_path):
@@ -169,11 +183,13 @@ def test_layout_imagenet(tmp_path):
 
 
 def test_limit_per_class_spreads_evenly_and_keeps_the_order(tmp_path):
-    touch(tmp_path, *[f"train/a/{k:02}.png" for k in range(12)], *[f"train/b/{k:02}.png" for k in range(3)])
+    touch(tmp_path, *[f"train/a/{k:02}.png" for k in range(12)])
+    touch(tmp_path, *[f"train/b/{k:02}.png" for k in range(3)])
     samples = layouts.find_samples(tmp_path, limit_per_class=4)
     assert samples.labels == [0] * 4 + [1] * 3
     assert [int(os.path.basename(path)[:2]) for path in samples.paths] == [2, 5, 8, 11, 0, 1, 2]
-    assert layouts.find_samples(tmp_path, limit_per_class=100).paths == layouts.find_samples(tmp_path).paths
+    everything = layouts.find_samples(tmp_path, limit_per_class=100)
+    assert everything.paths == layouts.find_samples(tmp_path).paths
     (tmp_path / "train.csv").write_text("".join(f"train/a/{k:02}.png {k % 2}\n" for k in range(12)))
     assert layouts.find_samples(tmp_path, limit_per_class=1).labels == [0, 1]
     with pytest.raises(ValueError, match="limit_per_class=-1"):

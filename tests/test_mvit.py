@@ -1,12 +1,11 @@
-import math
-
+"""MViTv2: attention, pooling and widening against plain forms, sizes, gradients."""
 import pytest
 import torch
 import torch.nn.functional as F
+from plain import plain_attention, plain_pool
 
 import mvit
 from mvit import MODELS, MViT, attention, relative_table
-from plain import plain_attention, plain_pool
 
 
 def slow_relative(table, queries, keys):
@@ -19,22 +18,26 @@ def slow_relative(table, queries, keys):
     return torch.stack(rows).view(queries, keys, -1)
 
 
-@pytest.mark.parametrize("queries, keys", [(7, 7), (14, 7), (7, 14), (56, 7), (5, 2), (20, 10), (3, 1)])
+@pytest.mark.parametrize("queries, keys", [(7, 7), (14, 7), (7, 14), (56, 7), (5, 2), (3, 1)])
 def test_relative_table(queries, keys):
     table = torch.randn(2 * max(queries, keys) - 1, 4)
-    assert torch.equal(relative_table(table, queries, keys), slow_relative(table, queries, keys))
-    short = torch.randn(9, 4)                                                 # resized to the length that is needed
+    ours, slow = relative_table(table, queries, keys), slow_relative(table, queries, keys)
+    assert torch.equal(ours, slow)
+    short = torch.randn(9, 4)                                   # resized to the length needed
     long = F.interpolate(short.T[None], size=len(table), mode="linear", align_corners=False)[0].T
-    torch.testing.assert_close(relative_table(short, queries, keys), slow_relative(long, queries, keys))
+    torch.testing.assert_close(relative_table(short, queries, keys),
+                               slow_relative(long, queries, keys))
 
 
-@pytest.mark.parametrize("q_thw, k_thw, heads", [((4, 6, 6), (4, 3, 3), 2), ((2, 4, 6), (2, 4, 6), 1),
-                                                 ((4, 3, 5), (4, 6, 10), 3), ((1, 7, 7), (1, 1, 1), 1)])
+@pytest.mark.parametrize("q_thw, k_thw, heads", [
+    ((4, 6, 6), (4, 3, 3), 2), ((2, 4, 6), (2, 4, 6), 1), ((4, 3, 5), (4, 6, 10), 3),
+    ((1, 7, 7), (1, 1, 1), 1)])
 def test_attention_equals_plain_form(q_thw, k_thw, heads):
     torch.manual_seed(0)
     count = lambda thw: 1 + thw[0] * thw[1] * thw[2]
-    inputs = [torch.randn(2, count(thw), heads, 12, dtype=torch.float64) for thw in (q_thw, k_thw, k_thw)]
-    tables = [torch.randn(2 * max(n, m) - 1, 12, dtype=torch.float64) for n, m in zip(q_thw, k_thw)]
+    double = {"dtype": torch.float64}
+    inputs = [torch.randn(2, count(thw), heads, 12, **double) for thw in (q_thw, k_thw, k_thw)]
+    tables = [torch.randn(2 * max(n, m) - 1, 12, **double) for n, m in zip(q_thw, k_thw)]
     results = []
     for form in (attention, plain_attention):
         leaves = [x.clone().requires_grad_() for x in inputs + tables]
@@ -42,7 +45,7 @@ def test_attention_equals_plain_form(q_thw, k_thw, heads):
         out.sin().sum().backward()
         results.append([out.detach()] + [x.grad for x in leaves])
     for ours, plain in zip(*results):
-        torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)         # tables are resized in float32
+        torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)     # tables are float32
     assert results[0][0].std() > 0.1
 
 
@@ -83,10 +86,11 @@ def tiny(**kw):
 
 
 @pytest.mark.parametrize("options, shape", [
-    ({}, (4, 64, 64)), ({}, (4, 96, 64)), ({}, (8, 80, 112)), ({"expand": "attn"}, (4, 64, 64)),
-    ({"image_size": (64, 96)}, (4, 64, 96)), ({"output_stride": 16}, (4, 64, 64)), ({"output_stride": 8}, (6, 56, 72))])
+    ({}, (4, 64, 64)), ({}, (8, 80, 112)), ({"expand": "attn"}, (4, 64, 64)),
+    ({"image_size": (64, 96)}, (4, 64, 96)), ({"output_stride": 16}, (4, 64, 64)),
+    ({"output_stride": 8}, (6, 56, 72))])
 def test_sizes_and_gradients(options, shape):
-    """Other sizes than the built one run; every parameter is trained."""
+    """Other sizes than the built one run, and every parameter is trained."""
     torch.manual_seed(0)
     model = tiny(**options)
     x = torch.randn(2, 3, *shape)
@@ -97,10 +101,11 @@ def test_sizes_and_gradients(options, shape):
     model(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     unused = [n for n, p in model.named_parameters() if not p.grad.any()]
-    # a single key along an axis has the same distance term for all, which softmax ignores
+    # A single key along an axis has the same distance term for all, which softmax ignores.
     assert all(".rel_pos_" in n or ".pool_" in n for n in unused), unused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T, side", [(40, 312), (40, 352)])
 def test_large_inputs_through_the_large_model(T, side):
     """The paper's largest inputs (Table 3), shapes only."""
@@ -109,9 +114,10 @@ def test_large_inputs_through_the_large_model(T, side):
         assert model(torch.empty(1, 3, T, side, side)).shape == (1, 400)
 
 
+@pytest.mark.slow
 def test_312_resizes_tables_on_the_fly(monkeypatch):
-    """At 312 the grid is 78, 39, 20, 10, but tables are made for 19 and 9 (release): equal to the plain forms, and each
-    row of a table is trained but those of distances that do not occur."""
+    """At 312 the grid is 78, 39, 20, 10, but tables are made for 19 and 9 (release). The result
+    equals the plain forms, and each row is trained but those of distances that do not occur."""
     torch.manual_seed(0)
     model = MViT(16, 1, (1, 1, 1, 2), num_classes=5, num_frames=4, image_size=312).double()
     assert [len(block.attn.rel_pos_h) for block in model.blocks] == [155, 77, 37, 37, 17]
@@ -119,9 +125,9 @@ def test_312_resizes_tables_on_the_fly(monkeypatch):
     outputs, grids = [], []
     for block in model.blocks:
         block.register_forward_hook(lambda m, args, out: grids.append(out[1]))
-    for attention, pool in ((mvit.attention, mvit.MultiScaleAttention.pool), (plain_attention, plain_pool)):
-        monkeypatch.setattr(mvit, "attention", attention)
-        monkeypatch.setattr(mvit.MultiScaleAttention, "pool", pool)
+    for forms in ((mvit.attention, mvit.MultiScaleAttention.pool), (plain_attention, plain_pool)):
+        monkeypatch.setattr(mvit, "attention", forms[0])
+        monkeypatch.setattr(mvit.MultiScaleAttention, "pool", forms[1])
         model.zero_grad()
         logits = model(x)
         logits.square().sum().backward()
@@ -129,10 +135,11 @@ def test_312_resizes_tables_on_the_fly(monkeypatch):
     for ours, plain in zip(*outputs):
         torch.testing.assert_close(ours, plain, rtol=1e-7, atol=1e-9)
     assert outputs[0][0].shape == (1, 5) and outputs[0][0].isfinite().all()
-    assert grids == 2 * [(2, 78, 78), (2, 39, 39), (2, 20, 20), (2, 10, 10), (2, 10, 10)]
+    assert grids == 2 * [(2, side, side) for side in (78, 39, 20, 10, 10)]
 
+    # The largest distance of block 0 is 77 + 9 * 78 / 10 = 147.
     never = {f"blocks.{i}.attn.rel_pos_{axis}": rows for axis in "hw"
-             for i, rows in ((0, list(range(148, 155))), (1, [76]))}          # largest distance: 77 + 9 * 78 / 10 = 147
+             for i, rows in ((0, list(range(148, 155))), (1, [76]))}
     for (name, _), grad in zip(model.named_parameters(), outputs[0][1:], strict=True):
         rows = grad if ".rel_pos_" in name else grad.flatten()[None]
         assert rows.eq(0).all(dim=1).nonzero().flatten().tolist() == never.get(name, []), name
@@ -140,11 +147,12 @@ def test_312_resizes_tables_on_the_fly(monkeypatch):
 
 @pytest.mark.parametrize("expand", ["mlp", "attn"])
 def test_widening(expand):
-    """Width doubles in the block before a transition, with the shortcut from norm2(x); or at the transition, with the
-    shortcut from norm1(x), then max-pooled (release)."""
+    """Width doubles in the block before a transition, with the shortcut from norm2(x), or at the
+    transition, with the shortcut from norm1(x), then max-pooled (release)."""
     torch.manual_seed(0)
     block = tiny(expand=expand).double().blocks[0 if expand == "mlp" else 1]
-    assert [block.dim, block.dim_att, block.dim_out] == ([16, 16, 32] if expand == "mlp" else [16, 32, 32])
+    widths = [16, 16, 32] if expand == "mlp" else [16, 32, 32]
+    assert [block.dim, block.dim_att, block.dim_out] == widths
     thw = (2, 16, 16)
     x = torch.randn(2, 1 + 2 * 16 * 16, 16, dtype=torch.float64)
     ours, pooled = block(x, thw)
@@ -157,8 +165,8 @@ def test_widening(expand):
     else:
         skip = block.proj(block.norm1(x))
         patches = skip[:, 1:].transpose(1, 2).unflatten(2, thw)
-        patches = F.max_pool3d(patches, (1, 3, 3), (1, 2, 2), (0, 1, 1)).flatten(2).transpose(1, 2)
-        y = torch.cat([skip[:, :1], patches], dim=1) + attended
+        patches = F.max_pool3d(patches, (1, 3, 3), (1, 2, 2), (0, 1, 1)).flatten(2)
+        y = torch.cat([skip[:, :1], patches.transpose(1, 2)], dim=1) + attended
         want = y + block.mlp(block.norm2(y))
         assert pooled == (2, 8, 8)
     torch.testing.assert_close(ours, want)
@@ -182,16 +190,17 @@ def test_checkpointing_changes_nothing():
 
 
 def test_drop_path():
-    """Kept branches are scaled so that the mean stays; whole samples are dropped, and only in training."""
+    """Whole samples are dropped, only in training, and the mean stays."""
     torch.manual_seed(0)
     drop = mvit.DropPath(0.3)
     x = torch.ones(4000, 2, 3)
     y = drop.train()(x)
     assert sorted(y[:, 0, 0].unique().tolist()) == pytest.approx([0, 1 / 0.7])
     assert (y == y[:, :1, :1]).all()
-    assert y.mean().item() == pytest.approx(1, abs=0.05)                      # standard error 0.01
+    assert y.mean().item() == pytest.approx(1, abs=0.05)        # standard error 0.01
     assert torch.equal(drop.eval()(x), x)
-    assert [round(b.drop_path.p, 3) for b in tiny(drop_path=0.2).blocks] == [0, 0.05, 0.1, 0.15, 0.2]
+    rates = [round(block.drop_path.p, 3) for block in tiny(drop_path=0.2).blocks]
+    assert rates == [0, 0.05, 0.1, 0.15, 0.2]
 
 
 def test_autocast_stays_close():
@@ -219,8 +228,9 @@ def test_presets():
 
 
 def test_position_gradients_repeat(two_threads):
-    """Many pairs share a distance, and so a row of the table: its gradient is summed in one order, run after run."""
+    """Many pairs share a row of the table, whose gradient is summed in the same order each time."""
     torch.manual_seed(0)
-    table, wanted = torch.randn(111, 96, requires_grad=True), torch.randn(56, 28, 96)
-    gradients = [torch.autograd.grad((mvit.relative_table(table, 56, 28) * wanted).sum(), table)[0] for _ in range(50)]
+    table, weights = torch.randn(111, 96, requires_grad=True), torch.randn(56, 28, 96)
+    gradients = [torch.autograd.grad((relative_table(table, 56, 28) * weights).sum(), table)[0]
+                 for _ in range(50)]
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)

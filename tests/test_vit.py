@@ -1,3 +1,4 @@
+"""ViT: blocks against the equations, positions, gradients."""
 import pytest
 import torch
 
@@ -45,7 +46,7 @@ def test_resized_positions_keep_the_picture():
     model.pos_embed.data[:, 1:] = ramp.flatten()[None, :, None]
     wide = model.positions((16, 16))[0, 1:, 0].view(16, 16)
     want = ((torch.arange(16) + 0.5) / 2 - 0.5).expand(16, -1)
-    torch.testing.assert_close(wide[:, 4:-4], want[:, 4:-4], atol=0.05, rtol=0)   # torch's bicubic is not exact on ramps
+    torch.testing.assert_close(wide[:, 4:-4], want[:, 4:-4], atol=0.05, rtol=0)
     assert (wide.diff(dim=1) > 0).all()
     assert torch.equal(model.positions((16, 16))[:, :1], model.pos_embed[:, :1])
     assert model.positions((8, 8)) is model.pos_embed
@@ -63,7 +64,7 @@ def test_checkpointing_changes_nothing():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="image_size=32x36.*W=36, use 32 or 40"):
+    with pytest.raises(ValueError, match="32x36.*W=36, use 32 or 40"):
         tiny(image_size=(32, 36))
     with pytest.raises(ValueError, match="H=36, use 32 or 40"):
         tiny()(torch.randn(1, 3, 36, 32))

@@ -1,0 +1,86 @@
+"""Runs that are killed or stopped go on as if nothing had happened."""
+import signal
+
+from engine import read_checkpoint
+
+import numpy as np
+import pytest
+import runs
+
+pytestmark = pytest.mark.slow
+WHOLE = {"pretrain": "pretrained", "finetune": "finetuned"}                  # fixtures
+
+
+def plan(script, clips, pretrained):
+    if script == "pretrain":
+        return ["--data", clips, *runs.PRETRAIN]
+    return ["--data", clips, *runs.FINETUNE, "--no-baseline", "--init", pretrained[0] / "last.pt"]
+
+
+@pytest.mark.parametrize("script, processes, workers", [
+    ("pretrain", 1, 2), ("pretrain", 2, 0), ("finetune", 1, 2), ("finetune", 2, 0)])
+def test_killed_and_resumed_is_bit_equal(script, processes, workers, clips, pretrained, request,
+                                         tmp_path):
+    """SIGKILL at two steps gives bit-identical weights to an uninterrupted run."""
+    flags, out = plan(script, clips, pretrained), tmp_path / "killed"
+    if processes == 1:
+        whole = request.getfixturevalue(WHOLE[script])[0]
+    else:
+        whole = tmp_path / "whole"
+        runs.run_well(f"{script}.py", *flags, "--out", whole, processes=processes)
+    resume = [*flags, "--out", out, "--resume", "--workers", workers, "--save-minutes", 0.0001]
+    steps = np.random.default_rng(processes + workers).choice(range(2, 9), 2, replace=False)
+    for step in steps.tolist():
+        runs.kill_at(step, out, f"{script}.py", *resume, processes=processes)
+    assert "resumed" in runs.run_well(f"{script}.py", *resume, processes=processes)
+    runs.assert_same_weights(whole, out)
+    drop = {"time", "samples_per_second", "data_wait"}
+    logs = [[{k: v for k, v in line.items() if k not in drop} for line in runs.log_of(folder)]
+            for folder in (whole, out)]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune"])
+def test_sigterm_saves_the_step(script, clips, pretrained, request, tmp_path):
+    flags, out = [*plan(script, clips, pretrained), "--out", tmp_path / "out"], tmp_path / "out"
+    code, output = runs.kill_at(4, out, f"{script}.py", *flags, "--workers", 2,
+                                sent=signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM and "stopped by SIGTERM" in output and "--resume" in output
+    assert read_checkpoint(out / "last.pt")["step"] == runs.log_of(out)[-1]["step"] >= 4
+    runs.run_well(f"{script}.py", *flags, "--resume")
+    whole = request.getfixturevalue(WHOLE[script])[0]
+    runs.assert_same_weights(whole, out)
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("pretrain", ["--mask", "frame", "--drop-path", 0, "--epochs", 1]),
+    ("finetune", ["--drop-path", 0, "--dropout", 0, "--mixup", 0, "--cutmix", 0, "--epochs", 1,
+                  "--val-epochs", 0])])
+def test_accumulation_and_ranks_see_the_same_samples(script, flags, clips, pretrained, tmp_path):
+    """One process, accumulation and two processes average the same global batch.
+
+    Each sample has a mask of the same size, so means over micro-batches are means over the batch.
+    """
+    losses = []
+    for name, more, kw in (("one", [], {}), ("accumulated", ["--device-batch", 2], {}),
+                           ("two", [], {"processes": 2})):
+        output = runs.run_well(f"{script}.py", *plan(script, clips, pretrained), *flags, *more,
+                               "--out", tmp_path / name, **kw)
+        losses.append([line["loss"] for line in runs.log_of(tmp_path / name)])
+        assert name != "accumulated" or " accumulated" in output
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("script, flag, was", [("pretrain", ["--mask-ratio", 0.6], "(was 0.4)"),
+                                               ("finetune", ["--layer-decay", 0.5], "(was 0.75)")])
+def test_nothing_is_written_over(script, flag, was, clips, pretrained, request, monkeypatch,
+                                 capsys):
+    out = request.getfixturevalue(WHOLE[script])[0]
+    flags = [*plan(script, clips, pretrained), "--out", out]
+    before = [(out / name).read_bytes() for name in ("last.pt", "log.jsonl")]
+    assert "--resume" in runs.refusal(monkeypatch, capsys, script, *flags)
+    error = runs.refusal(monkeypatch, capsys, script, *flags, "--resume", *flag)
+    assert was in error and flag[0].strip("-").replace("-", "_") in error
+    assert before == [(out / name).read_bytes() for name in ("last.pt", "log.jsonl")]
+    assert "9 steps" in runs.run_well(f"{script}.py", *flags, "--resume")     # nothing to add
