@@ -19,7 +19,7 @@ import models
 
 class Counter(TorchFunctionMode):
     """Adds up multiply-adds (`macs`) and elements of LayerNorms (`normed`) while it is active."""
-    macs = normed = width = 0                                 # width: C of a head of MViT
+    macs = normed = width = 0                                 # width: C of each head in mvit.py
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out, name = func(*args, **(kwargs or {})), func.__name__
@@ -30,7 +30,7 @@ class Counter(TorchFunctionMode):
             sizes = dict(zip(axes, [n for x in args[1:] for n in x.shape]))
             self.macs, self.width = self.macs + math.prod(sizes.values()), sizes["c"]
         elif name == "scaled_dot_product_attention":
-            q, k = args[:2]                                   # mvit.py makes them wider after einsum
+            q, k = args[:2]                                   # mvit.py widens them after einsum
             self.macs += 2 * q[..., 0].numel() * k.shape[-2] * (self.width or q.shape[-1])
         elif name == "layer_norm":
             self.normed += out.numel()
@@ -47,15 +47,14 @@ def count_flops(model, x_shape):
     """
     tensors = [*model.parameters(), *model.buffers()]
     shell = copy.deepcopy(model, {id(x): torch.empty_like(x, device="meta") for x in tensors})
-    trunk = getattr(shell.eval(), "encoder", None)
-    with torch.device("meta"), Counter() as counter:
+    x, trunk = torch.empty(x_shape, device="meta"), getattr(shell.eval(), "encoder", None)
+    with Counter() as counter:
         if trunk:                                             # masking costs nothing
-            tokens, _ = trunk.encode(*trunk.embed(torch.empty(x_shape)))
-            shell.head(shell.norm(tokens[:, 1:]))
+            shell.head(shell.norm(trunk.encode(*trunk.embed(x))[0][:, 1:]))
         else:
-            shell(torch.empty(x_shape))
+            shell(x)
     own = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("target."))
-    return {"flops": counter.macs + 5 * counter.normed, "macs": counter.macs, "parameters": own}
+    return dict(flops=counter.macs + 5 * counter.normed, macs=counter.macs, parameters=own)
 
 
 def main():
@@ -65,14 +64,14 @@ def main():
         parser.add_argument(flag, type=int, default=default)
     parser.add_argument("--expand", choices=("mlp", "attn"), default="mlp", help="see mvit.py")
     args = parser.parse_args()
-    size = (args.image_size, args.image_size)
     for name in args.model:
+        size = (args.image_size, args.image_size)
+        recipe = dict(vars(args), model=name, image_size=size, num_frames=args.frames,
+                      patch_size=16, drop_path=0.0, checkpointing=False, pool="mean")
         with torch.device("meta"):
-            model = models.build_classifier(dict(
-                vars(args), model=name, image_size=size, num_frames=args.frames, patch_size=16,
-                drop_path=0.0, checkpointing=False, pool="mean"))
-        clip = [args.frames] if models.takes_clips(name) else []
-        cost = count_flops(model, (1, 3, *clip, *size))
+            model = models.build_classifier(recipe)
+        sides = (args.frames, *size) if models.takes_clips(name) else size
+        cost = count_flops(model, (1, 3, *sides))
         print(f"{name}: {cost['parameters']:,} parameters, {cost['flops'] / 1e9:.2f} GFLOPs, "
               f"{cost['macs'] / 1e9:.2f} without LayerNorm")
 
