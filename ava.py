@@ -861,7 +861,7 @@ def main():
     if recipe.dry_run:
         return dry_run(recipe, device, print0)
     if not recipe.data and not recipe.eval:
-        folder = synthetic.make_ava_dataset("data/synthetic_ava", print0=print0)
+        folder = synthetic.make_dataset("data/synthetic_ava", print0=print0, what="movies")
         recipe = replace(recipe, data=folder, movie_start=float(synthetic.MOVIE_START))
     if not recipe.eval:
         return train(name, recipe, overrides, rank, world, device, print0)

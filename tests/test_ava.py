@@ -194,10 +194,9 @@ def test_any_number_of_boxes(count):
 def movies(tmp_path_factory):
     """2 training and 2 validation movies in AVA's layout, with 6 key frames each."""
     folder = tmp_path_factory.mktemp("ava")
-    code = ("import sys; from pathlib import Path; from tools import synthetic\n"
+    code = ("import sys; from tools import synthetic\n"
             "synthetic.MOVIES = {'train': 2, 'val': 2}\n"
-            "synthetic.make_ava_part(sys.argv[1], 0, 0, 1)\n"
-            "synthetic._join_tables(Path(sys.argv[1], 'annotations'))")
+            "synthetic.write_movies(sys.argv[1], 0)")
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=ROOT)
     return folder
 
