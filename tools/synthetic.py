@@ -9,9 +9,11 @@ to 64 frames. Striped shapes move over a striped background under changing light
 import argparse
 import contextlib
 import itertools
+import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -52,12 +54,16 @@ def make_dataset(folder, seed=0, print0=print, what="videos"):
 
 
 def write_videos(folder, seed):
-    for split, count in CLIPS.items():
-        for shape, motion, number in itertools.product(SHAPES, MOTIONS, range(count)):
-            name = f"{shape}_{motion}"
-            path = Path(folder, split, name, f"{number:03d}.mp4")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_video(path, draw_clip(_generator(seed, split, name, number), name))
+    jobs = [(folder, seed, split, f"{shape}_{motion}", number) for split, count in CLIPS.items()
+            for shape, motion, number in itertools.product(SHAPES, MOTIONS, range(count))]
+    with ProcessPoolExecutor(min(os.cpu_count(), 8)) as pool:
+        list(pool.map(_write_clip, *zip(*jobs)))
+
+
+def _write_clip(folder, seed, split, name, number):
+    path = Path(folder, split, name, f"{number:03d}.mp4")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, draw_clip(_generator(seed, split, name, number), name))
 
 
 def write_movies(folder, seed):
@@ -66,21 +72,28 @@ def write_movies(folder, seed):
         Path(folder, name).mkdir(parents=True)
     table = f"{folder}/annotations/ava_"
     for split, count in MOVIES.items():
-        true_lines, found_lines = [], []
-        for number in range(count):
-            name, rng = f"{split}_{number:03d}", _generator(seed, split, number, "ava")
-            frames, truth = draw_movie(rng)
-            write_video(Path(folder, "videos", f"{name}.mp4"), frames)
-            for second, box, labels, person in truth:
-                key = f"{name},{second:04d},{{}},{{}},{{}}\n".format
-                true_lines += [key(_csv(box), label, person) for label in labels]
-                found_lines += [key(*found) for found in _detections(rng, box, labels)]
+        with ProcessPoolExecutor(min(os.cpu_count(), 8)) as pool:
+            jobs = [(folder, seed, split, number) for number in range(count)]
+            true_lines, found_lines = zip(*pool.map(_write_movie, *zip(*jobs)))
         Path(f"{table}{split}_v2.2.csv").write_text("".join(true_lines))
         Path(f"{table}{split}_predicted_boxes.csv").write_text("".join(found_lines))
         excluded = f"{split}_000,{SECONDS[-1]:04d}\n"
         Path(f"{table}{split}_excluded_timestamps_v2.2.csv").write_text(excluded)
     items = [f'item {{\n  name: "{name}"\n  id: {i}\n}}\n' for i, name in enumerate(ACTIONS, 1)]
     Path(f"{table}action_list_v2.2_for_activitynet_2019.pbtxt").write_text("".join(items))
+
+
+def _write_movie(folder, seed, split, number):
+    """Write a movie. Returns its lines of the tables of true and of predicted boxes."""
+    name, rng = f"{split}_{number:03d}", _generator(seed, split, number, "ava")
+    frames, truth = draw_movie(rng)
+    write_video(Path(folder, "videos", f"{name}.mp4"), frames)
+    true_lines, found_lines = "", ""
+    for second, box, labels, person in truth:
+        key = f"{name},{second:04d},{{}},{{}},{{}}\n".format
+        true_lines += "".join(key(_csv(box), label, person) for label in labels)
+        found_lines += "".join(key(*found) for found in _detections(rng, box, labels))
+    return true_lines, found_lines
 
 
 def _detections(rng, box, labels):
