@@ -641,8 +641,8 @@ def run_main(main):
         rank = os.environ.get("RANK", "0")
         where = "error" if rank == "0" else f"error (rank {rank})"
         message = str(error).strip()
-        if "Original Traceback" in message:   # from a loader process: its last line
-            message = message.splitlines()[-1]
+        if "Original Traceback" in message:   # from a loader process: its last line, less the class
+            message = message.splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
         print(f"{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
         sys.exit(2)
     if dist.is_initialized():
