@@ -17,18 +17,14 @@ from engine import read_checkpoint, run_main, save_checkpoint
 import torch
 import torch.nn.functional as F
 
-import mvit
-import vit
-from models import build_classifier, build_maskfeat
+from models import build_classifier, build_maskfeat, takes_clips
 from teachers import IMAGENET, KINETICS
 
-# Format: (what its names show and those of the formats below do not, table). A row of a table is
-# (fragment of their name, of ours), at the start or after a dot. The first row that matches counts,
-# None drops the tensor. Our names here are those of vit.py and mvit.py, but for the head, and with
-# "maskfeat." before what only pre-training has. Export reads a table backwards.
-HEAD = ("head.projection.", "head.")
+# Format: (pattern of names that no format below has, rows of a fragment of their and of our names).
+# The first row found at the start of a name or after a dot counts. None drops the tensor. Our names
+# are those of the models, with one name for heads and "maskfeat." before what pre-training adds.
 FORMATS = {
-    "ours": (r"^encoder\.", [HEAD]),
+    "ours": (r"^encoder\.", [("head.projection.", "head.")]),
     "torchvision": (r"\.pool_[qkv]\.pool\.", [
         ("conv_proj.", "patch_embed.proj."), ("pos_encoding.class_token", "cls_token"),
         ("attn.project.0.", "attn.proj."), ("project.", "proj."),
@@ -38,10 +34,9 @@ FORMATS = {
     "DINO": (r"^backbone\.", [("backbone.", ""), ("head.", None)]),  # its head is no classifier
     "MAE": (r"^decoder_", [("decoder_", None), ("mask_token", None)]),
     "release": (r"\.pool_[qkv]\.|^pred_head\.|^head\.projection\.", [
-        HEAD, ("hogs.", None), ("mask_token", "maskfeat.mask_token"),  # hogs: constant filters
+        ("head.projection.", "head."), ("mask_token", "maskfeat.mask_token"), ("hogs.", None),
         ("pred_head.transforms.0.0.", "maskfeat.norm."),
         ("pred_head.projections.0.", "maskfeat.head.")]),
-    # also of DeiT, DINO's trunk and fine-tuned MAE. The norm after mean pooling is fc_norm.
     "timm": (r"^blocks\.\d+\.attn\.qkv\.", [("fc_norm.", "norm.")])}
 
 # (axes of the stem's kernel, width, depth) -> model
@@ -61,8 +56,7 @@ def recognize(checkpoint):
             for form, (sign, _) in FORMATS.items():
                 if any(re.search(sign, name) for name in state):
                     return form, state
-    keys = sorted(map(str, checkpoint))[:8]
-    raise ValueError(f"no known checkpoint format ({', '.join(FORMATS)}): it has the keys {keys}")
+    raise ValueError(f"no known format ({', '.join(FORMATS)}): keys {list(checkpoint)[:8]}")
 
 
 def rename(form, state, back=False):
@@ -111,9 +105,8 @@ def part(name):
 def load_weights(model, path, verbose=True):
     """Load a checkpoint file of any known format into a MaskFeat, an encoder or a classifier.
 
-    Returns {"loaded", "resized", "fresh", "left out"}: lists of names, also printed. The last one
-    names tensors of the file. Head, final norm and mask token may be fresh or left out, each as a
-    whole, and so may a head of another size. Raises ValueError if other tensors do not fit.
+    Returns lists of names, {"loaded", "resized", "fresh", "left out"}, the last of the file. Head,
+    norm and mask token may be fresh or left out. Raises ValueError if other tensors do not fit.
     """
     checkpoint, own = read_checkpoint(path), model.state_dict()
     form, found = recognize(checkpoint)
@@ -145,8 +138,7 @@ def load_weights(model, path, verbose=True):
     if wrong:
         hint, (kind, expand), (own_kind, own_expand) = "", signature(state), signature(places)
         if kind == own_kind and expand != own_expand:
-            pool = foreign_recipe(checkpoint)["pool"]
-            hint = f": use --expand {expand} and, of a classifier, --pool {pool}"
+            hint = f"; use --expand {expand} (it has --pool {foreign_recipe(checkpoint)['pool']})"
         raise ValueError(f"{path} ({form}) is a checkpoint of another model: {len(wrong)} tensors "
                          f"do not fit, such as {'; '.join(wrong[:3])}{hint}")
     model.load_state_dict(own)
@@ -170,7 +162,7 @@ def foreign_recipe(checkpoint):
     kind, expand = signature(state)
     if kind not in KINDS:
         raise ValueError(f"{form} checkpoint of no known model: {kind} is not in {KINDS}")
-    name, video = KINDS[kind], KINDS[kind] in mvit.MODELS
+    name, video = KINDS[kind], takes_clips(KINDS[kind])
     tables = [f"blocks.0.attn.rel_pos_{axis}" for axis in "thw"] if video else ["pos_embed"]
     tables += [f"blocks.{kind[2] - 1}.attn.rel_pos_h"] * video
     if missing := [table for table in tables if table not in state]:
@@ -180,8 +172,7 @@ def foreign_recipe(checkpoint):
     recipe = dict(model=name, num_classes=len(state.get("head.weight", ())), num_frames=16,
                   sampling_rate=4, crop_ratio=0.875, patch_size=16, output_stride=16, drop_path=0.0,
                   checkpointing=False, expand=expand, pool="mean" if pooled else "cls")
-    # Some of timm's ViTs (augreg) want 0.5 and 0.5, which no file tells.
-    recipe["mean"], recipe["std"] = KINETICS if video else IMAGENET
+    recipe["mean"], recipe["std"] = KINETICS if video else IMAGENET  # 0.5 in timm's augreg ViTs
     if video:
         t, h, w, last = ((len(state[table]) + 1) // 2 for table in tables)  # 2n - 1 distances
         stride = 4 * 2 ** round(math.log2(h / last))  # 78 / 9 counts as 8
@@ -208,12 +199,11 @@ def foreign_recipe(checkpoint):
 def export(checkpoint, to):
     """(our checkpoint in another layout, names of the tensors that it has no place for).
 
-    to="timm": a flat state dict of a ViT's trunk and head. With pool="mean" it has fc_norm, for
-    global_pool="avg". to="release": a dict like SlowFast's, without `hogs`. Its cfg says the rest.
+    timm: a ViT's state dict, with fc_norm if pool="mean". release: a dict like SlowFast's.
     """
     recipe, (state, origin) = foreign_recipe(checkpoint), rename(*recognize(checkpoint))
     if to == "timm":
-        if recipe["model"] not in vit.MODELS:
+        if takes_clips(recipe["model"]):
             raise ValueError(f"timm has no {recipe['model']} for video: use --to release")
         left_out = [origin[new] for new in state if new.startswith("maskfeat.")]
         state = {new: state[new] for new in state if not new.startswith("maskfeat.")}
@@ -221,8 +211,7 @@ def export(checkpoint, to):
     state, _ = rename("release", state, back=True)
     data = {key.upper(): recipe[key] for key in ("sampling_rate", "mean", "std") if key in recipe}
     cfg = json.dumps({"MVIT": {"USE_MEAN_POOLING": recipe["pool"] == "mean"}, "DATA": data})
-    cfg = cfg.replace('"', "")
-    return {"epoch": 0, "model_state": state, "optimizer_state": {}, "cfg": cfg}, []
+    return dict(epoch=0, model_state=state, optimizer_state={}, cfg=cfg.replace('"', "")), []
 
 
 def main():
@@ -236,7 +225,7 @@ def main():
     checkpoint = read_checkpoint(args.source)
     form, recipe = recognize(checkpoint)[0], foreign_recipe(checkpoint)
     if form == "ours":
-        to = args.to or ("timm" if recipe["model"] in vit.MODELS else "release")
+        to = args.to or ("release" if takes_clips(recipe["model"]) else "timm")
         result, left_out = export(checkpoint, to)
         print(f"{args.source} (ours) to {to}: {len(left_out)} left out", *left_out)
     elif args.to:

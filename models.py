@@ -8,6 +8,7 @@ MODELS = {**mvit.MODELS, **vit.MODELS}
 
 
 def takes_clips(name):
+    """True for the models of video, False for those of images."""
     return name in mvit.MODELS
 
 
@@ -19,64 +20,50 @@ def check_kind(name, samples):
                          f"use --model {' or '.join(others)}")
 
 
-def builder(name):
-    """The constructor of an encoder, by name."""
+def build_encoder(recipe, **options):
+    """The encoder of a recipe. Raises ValueError for an unknown name or setting."""
+    name = recipe["model"]
     if name not in MODELS:
         raise ValueError(f"model={name!r}: use one of {', '.join(MODELS)}")
-    return MODELS[name]
-
-
-def build_encoder(recipe):
-    """The trunk of a pre-training recipe, on an image size that its output stride divides."""
-    build, size = builder(recipe["model"]), recipe["image_size"]
-    shared = {key: recipe[key] for key in ("image_size", "drop_path", "checkpointing")}
-    if not takes_clips(recipe["model"]):
-        return build(num_classes=0, patch_size=recipe["patch_size"], **shared)
-    T, stride = recipe["num_frames"], recipe["output_stride"]
-    for axis, side in zip("HW", size):
-        if side % stride:
-            low = side - side % stride
-            raise ValueError(f"clip {T}x{size[0]}x{size[1]} is not divisible by the output stride "
-                             f"{stride}: {axis}={side}, use {low or stride} or {low + stride}")
-    return build(num_classes=0, num_frames=T, output_stride=stride, expand=recipe["expand"],
-                 **shared)
+    keys = ("num_frames", "expand") if takes_clips(name) else ("patch_size",)
+    options |= {key: recipe[key] for key in ("image_size", "drop_path", "checkpointing", *keys)}
+    if takes_clips(name) and recipe.get("output_stride"):  # else the model's own
+        options["output_stride"] = recipe["output_stride"]
+    return MODELS[name](**options)
 
 
 def build_maskfeat(recipe):
-    """The pre-training model that a recipe describes (a dict, as stored in a checkpoint).
+    """The pre-training model of a recipe, a dict of the fields of pretrain.Recipe.
 
-    The keys that are read: see build_encoder and below. A teacher's file is read, too.
+    Reads the file of a teacher. Raises ValueError for an unknown target or sides that do not fit.
     """
-    name = recipe["target"]
-    if name not in TARGETS:
-        raise ValueError(f"target={name!r}: use one of {', '.join(TARGETS)}")
-    encoder = build_encoder(recipe)
+    target, (H, W) = recipe["target"], recipe["image_size"]
+    if target not in TARGETS:
+        raise ValueError(f"target={target!r}: use one of {', '.join(TARGETS)}")
+    if takes_clips(recipe["model"]):
+        T, stride = recipe["num_frames"], recipe["output_stride"]
+        for axis, side in zip("HW", (H, W)):
+            if side % stride:
+                low = side - side % stride
+                raise ValueError(f"clip {T}x{H}x{W} is not divisible by the output stride "
+                                 f"{stride}: {axis}={side}, use {low or stride} or {low + stride}")
+    encoder = build_encoder(recipe, num_classes=0)
     patch = encoder.patch_stride[-1]
-    grid = tuple(side // patch for side in recipe["image_size"])
-    if name == "hog":
-        keys = ("bins", "cell", "norm", "color", "gradient")
-        options = {"patch_size": patch, **{key: recipe[key] for key in keys}}
-    elif name == "pixel":
+    grid, fields = (H // patch, W // patch), lambda *keys: {key: recipe[key] for key in keys}
+    if target == "hog":
+        options = {"patch_size": patch, **fields("bins", "cell", "norm", "color", "gradient")}
+    elif target == "pixel":
         options = {"patch_size": patch, "norm": recipe["pixel_norm"]}
-    elif name == "dvae":
-        options = {"teacher": recipe["teacher"]}
-    elif name == "label":
+    elif target == "dvae":
+        options = fields("teacher")
+    elif target == "label":
         options = {"grid": grid, "classes": recipe["label_classes"], "order": recipe["label_order"]}
     else:
-        keys = ("teacher", "image_size", "mean", "std", "align")
-        options = {"grid": grid, **{key: recipe[key] for key in keys}}
-    return MaskFeat(encoder, TARGETS[name](**options))
+        options = {"grid": grid, **fields("teacher", "image_size", "mean", "std", "align")}
+    return MaskFeat(encoder, TARGETS[target](**options))
 
 
 def build_classifier(recipe):
-    """The fine-tuning model that a recipe describes: an encoder with norm and head.
-
-    The output stride, unless given, is the model's own: 32, and 8 for mvit_tiny.
-    """
-    keys = ["num_classes", "image_size", "drop_path", "checkpointing", "pool"]
-    if takes_clips(recipe["model"]):
-        keys += ["num_frames", "expand"] + ["output_stride"] * bool(recipe.get("output_stride"))
-    else:
-        keys += ["patch_size"]
-    options = {key: recipe[key] for key in keys}
-    return builder(recipe["model"])(dropout=recipe.get("dropout", 0.0), **options)
+    """The fine-tuning model of a recipe, a dict of the fields of finetune.Recipe."""
+    return build_encoder(recipe, num_classes=recipe["num_classes"], pool=recipe["pool"],
+                         dropout=recipe.get("dropout", 0.0))
