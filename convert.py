@@ -138,7 +138,10 @@ def load_weights(model, path, verbose=True):
     if wrong:
         hint, (kind, expand), (own_kind, own_expand) = "", signature(state), signature(places)
         if kind == own_kind and expand != own_expand:
-            hint = f"; use --expand {expand} (it has --pool {foreign_recipe(checkpoint)['pool']})"
+            pool = foreign_recipe(checkpoint)["pool"]
+            hint = f'; use expand="{expand}", pool="{pool}" (--expand {expand} --pool {pool})'
+            if any(name.startswith("maskfeat.") for name in places):  # pre-training does not pool
+                hint = f'; use expand="{expand}" (--expand {expand})'
         raise ValueError(f"{path} ({form}) is a checkpoint of another model: {len(wrong)} tensors "
                          f"do not fit, such as {'; '.join(wrong[:3])}{hint}")
     model.load_state_dict(own)

@@ -312,14 +312,16 @@ def test_other_models_are_named(layout, words):
         foreign_recipe(meta(layout))
 
 
-def test_rename_takes_whole_components_and_refuses_collisions():
+def test_rename_takes_whole_components_and_refuses_collisions(monkeypatch):
     table = [("hogs.", None), ("fc_norm.", "norm."), ("x.", "z.")]
-    renamed, origin = rename({"hogs.0.w": 1, "a.fc_norm.b": 2, "xx.b": 3, "x.x.b": 4}, table)
+    monkeypatch.setitem(convert.FORMATS, "some", ("", table))
+    state = {"hogs.0.w": 1, "a.fc_norm.b": 2, "xx.b": 3, "x.x.b": 4}
+    renamed, origin = rename("some", state)
     assert renamed == {"a.norm.b": 2, "xx.b": 3, "z.x.b": 4}
     assert origin == {"a.norm.b": "a.fc_norm.b", "xx.b": "xx.b", "z.x.b": "x.x.b"}
-    assert rename({"a.norm.b": 2}, table, back=True)[0] == {"a.fc_norm.b": 2}
+    assert rename("some", {"a.norm.b": 2}, back=True)[0] == {"a.fc_norm.b": 2}
     with pytest.raises(ValueError, match="fc_norm.weight and norm.weight both mean norm.weight"):
-        rename({"norm.weight": 1, "fc_norm.weight": 2}, table)
+        rename("some", {"norm.weight": 1, "fc_norm.weight": 2})
 
 
 def timm_forward(state, x, heads, pool):
@@ -548,4 +550,4 @@ def test_a_file_that_is_almost_a_model_is_refused(tmp_path):
     pixels = ours("vit_tiny", PRETRAIN, target="pixel", pixel_norm="patch")[0]
     torch.save(export(pixels, "release")[0], tmp_path / "pixels.pyth")  # a head that is not HOG's
     with pytest.raises(ValueError, match="like vit_tiny, but not it.*head.weight"):
-        import_foreign(str(tmp_path / "pixels.pyth"))
+        call(tmp_path / "pixels.pyth", tmp_path / "ours.pt")
