@@ -668,7 +668,7 @@ def main():
     if recipe.eval:
         recipe, detector = load_for_test(recipe, overrides)
     if not recipe.data:
-        folder = synthetic.make_ava_dataset("data/synthetic_ava", print0=print0)
+        folder = synthetic.make_dataset("data/synthetic_ava", print0=print0, what="movies")
         recipe = replace(recipe, data=folder, movie_start=float(synthetic.MOVIE_START))
     if not recipe.eval:
         return train(name, recipe, overrides, rank, world, device, print0)

@@ -175,6 +175,11 @@ class MultiScaleBlock(nn.Module):
         patches = F.max_pool2d(patches, s + 1, s, s // 2).permute(0, 2, 3, 1)
         return torch.cat([x[:, :1], patches.reshape(B, -1, D)], dim=1)
 
+    def output_grid(self, thw):
+        """The grid after this block, which pools h and w by q_stride, rounded up."""
+        t, h, w = thw
+        return t, -(-h // self.q_stride), -(-w // self.q_stride)
+
     def forward(self, x, thw):
         """(B, 1 + t*h*w, dim) -> (B, 1 + t'*h'*w', dim_out) and the grid (t', h', w').
 
@@ -289,7 +294,9 @@ class MViT(nn.Module):
         x = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
         for block in self.blocks:
             if self.checkpointing and self.training:
-                x, thw = checkpoint(block, x, thw, use_reentrant=False)
+                # Only tensors pass through: at the grid, torch 2.6 would break a compiled graph.
+                run = lambda x, block=block, thw=thw: block(x, thw)[0]
+                x, thw = checkpoint(run, x, use_reentrant=False), block.output_grid(thw)
             else:
                 x, thw = block(x, thw)
         return x, thw

@@ -32,7 +32,7 @@ import models
 import visualize
 from targets import TARGETS
 from tools import synthetic
-from tools.flops import count_flops, target_flops
+from tools.flops import Counter, count_flops
 
 # ----------------------------------------------------------------------------------------- recipes
 # Learning rates belong to a global batch of `lr_batch` samples, as in the release's configs of one
@@ -271,7 +271,9 @@ def dry_run(recipe, model, dataset, device_batch, accumulate, steps_per_epoch, p
         seconds = time.perf_counter() - start
     cost, steps = count_flops(model, (1, *x.shape[1:])), recipe.epochs * steps_per_epoch
     teacher = getattr(model.target, "teacher", None)
-    flops = target_flops(model, x[:1], None if target_input is None else target_input[:1])
+    with torch.no_grad(), Counter() as counter:
+        model.compute_target(x[:1], None if target_input is None else target_input[:1])
+    flops = counter.macs + 5 * counter.normed
     print0(f"dry run, nothing written: student {cost['parameters'] / 1e6:.1f} M parameters, "
            f"{cost['flops'] / 1e9:.3g} GFLOPs forward per {dataset.samples.kind}; target "
            f"{recipe.target} {teacher.size / 1e6 if teacher else 0:.1f} M parameters, "

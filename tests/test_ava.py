@@ -277,10 +277,9 @@ FLAGS = ["--movie-start", 901, "--image-size", 32, "--jitter", 32, 48, "--frames
 def movies(tmp_path_factory):
     """2 training and 2 validation movies in AVA's layout, with odd boxes in the training ones."""
     folder = tmp_path_factory.mktemp("ava")
-    code = ("import sys; from pathlib import Path; from tools import synthetic\n"
+    code = ("import sys; from tools import synthetic\n"
             "synthetic.MOVIES = {'train': 2, 'val': 2}\n"
-            "synthetic.make_ava_part(sys.argv[1], 0, 0, 1)\n"
-            "synthetic._join_tables(Path(sys.argv[1], 'annotations'))")
+            "synthetic.write_movies(sys.argv[1], 0)")
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=ROOT)
     with open(folder / "annotations" / "ava_train_predicted_boxes.csv", "a") as f:
         f.writelines(f"train_001,0903,0.{i},0.1,0.{i + 100},0.9,{i % 7 + 1},0.9\n"

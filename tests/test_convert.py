@@ -16,7 +16,7 @@ from conftest import GOLDEN
 import convert
 import mvit
 import vit
-from convert import export, foreign_recipe, import_foreign, load_weights, recognize, rename
+from convert import export, foreign_recipe, load_weights, recognize, rename
 from models import build_classifier, build_maskfeat
 
 SHARED = dict(patch_size=8, expand="mlp", drop_path=0.0, checkpointing=False, num_frames=4,

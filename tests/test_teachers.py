@@ -143,7 +143,6 @@ def test_mvit_b(tmp_path):
     grids, counter = [], Counter()
     for block in model.blocks:
         block.register_forward_hook(lambda m, args, out: grids.append(out[1]))
-        block.attn.register_forward_pre_hook(counter.see_width)
     with torch.no_grad(), counter:
         assert model(torch.empty(1, 3, 16, 224, 224, device="meta")).shape == (1, 768, 8, 7, 7)
     blocks = json.loads((GOLDEN / "blocks_mvit_b_16x4.json").read_text())
