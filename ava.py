@@ -1,6 +1,6 @@
 """Action detection on AVA v2.2 (Sec. 4.2, Table 4): which of 80 actions each person is doing.
 
-    torchrun ava.py                             # recipe `tiny`, made-up movies
+    torchrun ava.py    # recipe `tiny`, made-up movies
     torchrun --nproc_per_node=8 ava.py --data ava/ --model mvitv2_l --init out/finetune/last.pt
     python ava.py --data ava/ --eval out/ava/last.pt --view full --draw a.png
     python ava.py --model mvitv2_l --dry-run
@@ -42,7 +42,7 @@ from tools.flops import count_flops
 
 CLASSES = 80  # numbered from 1 in the tables
 FIRST, LAST = 902, 1798  # seconds that have boxes
-FRAMES_START, FPS = 900, 30  # of DIR/frames, in seconds and per second
+FRAMES_START, FPS = 900, 30  # DIR/frames: second of the first, frames per second
 STARTS = ("out/finetune/last.pt", "out/pretrain/last.pt")
 
 
@@ -113,7 +113,7 @@ RECIPES = {
         drop_path=0.0, optimizer="adamw", epochs=14, batch_size=8, lr=2e-3, lr_batch=8,
         warmup_epochs=1, warmup_lr=1e-5, min_lr=1e-5, weight_decay=0.05, clip_grad=1.0,
         val_epochs=4, baseline=True, device_batch=8, checkpointing=False),
-    "ava_mvitv2_l_312_40x3": AVA,  # Table 4, from Kinetics-400: 36.3 center, 37.5 full
+    "ava_mvitv2_l_312_40x3": AVA,  # Table 4: 36.3 center, 37.5 full
     "ava_mvitv2_s_16x4": replace(
         AVA, model="mvitv2_s", image_size=(224, 224), num_frames=16, sampling_rate=4,
         jitter=(256, 320), device_batch=8, checkpointing=False),
@@ -164,7 +164,7 @@ def locate(folder, table, split="val"):
 
 
 def read_boxes(path, scored=False):
-    """All rows of a table, whose last column is a score or a person, as an array of ROW.
+    """The rows of a table as an array of ROW. scored: the last column is a score, not a person.
 
     Raises ValueError for another line.
     """
@@ -248,7 +248,7 @@ def find_key_frames(recipe, split, print0):
 
 
 def fingerprint_of(frames):
-    """A digest, by which a resumed run knows its data."""
+    """By which a resumed run knows its data."""
     rows = [f"{f.movie},{f.second}".encode() + f.boxes.tobytes() + f.targets.tobytes()
             for f in frames]
     return hashlib.sha256(b"".join(rows)).hexdigest()[:16]
@@ -300,10 +300,9 @@ class Clips(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         if self.view == "train":
-            epoch, index = key
-            rng = data.sample_rng(self.recipe.seed, epoch, index)
+            rng = data.sample_rng(self.recipe.seed, *key)
             item, _, unreadable = data.read_or_replace(
-                lambda i: self.sample(self.frames[i], rng), index, len(self), rng)
+                lambda i: self.sample(self.frames[i], rng), key[1], len(self), rng)
             return {**item, "unreadable": unreadable}
         try:
             return {**self.sample(self.frames[key]), "unreadable": []}
@@ -368,7 +367,7 @@ def roi_weights(start, size, length, bins, ratio):
     k = torch.arange(max(int(count.max()), 1) if len(count) else 1, device=size.device)
     place = torch.arange(bins, device=size.device)[:, None] * part               # (n, bins, 1)
     place = start + (place + (k + 0.5) * (part / count.clamp(min=1)))            # (n, bins, K)
-    # A sample more than a cell outside counts in the mean as 0.
+    # A sample more than a cell outside counts as 0.
     counted = (k < count) & (place >= -1) & (place <= length)
     cells = torch.arange(length, device=size.device)
     distance = (place.clamp(0, length - 1)[..., None] - cells).abs()             # (.., K, length)
@@ -383,7 +382,7 @@ def roi_align(features, rois, scale, bins=7, ratio=0):
     scale: cells per pixel. ratio: samples per part along each axis. 0: as many as the part has
     cells, and none in an empty box, whose value is 0. Returns (n, C, bins, bins).
     """
-    # The weight of a cell is that of its row times that of its column.
+    # The weight of a cell is its row's times its column's.
     x1, y1, x2, y2 = (rois[:, 1:] * scale - 0.5).unbind(1)
     rows = roi_weights(y1, y2 - y1, features.shape[2], bins, ratio)          # (n, bins, H)
     columns = roi_weights(x1, x2 - x1, features.shape[3], bins, ratio)       # (n, bins, W)
@@ -428,10 +427,12 @@ class Detector(torch.nn.Module):
 
 
 def start_weights(detector, recipe, print0):
-    """Load --init, and make the weights of a new head small."""
+    """Load --init. A new head gets small weights."""
     path, new = recipe.init, ["head"]
     if path == "auto":
-        path = next(filter(os.path.isfile, STARTS), STARTS[0])
+        path = next(filter(os.path.isfile, STARTS), None)
+        if path is None:
+            raise FileNotFoundError(f"no {' or '.join(STARTS)}: run finetune.py, or use --init ''")
     if path:
         new = load_weights(detector.model, path, verbose=False)["fresh"]
     print0(f"starting from {path or 'scratch'}, new weights: {', '.join(new) or 'none'}")
@@ -490,7 +491,7 @@ def train(name, recipe, overrides, rank, world, device, print0):
                 with autocast():
                     logits = ddp(data.normalize(x, recipe.mean, recipe.std), boxes, counts)
                 # The mean over all boxes of the step, as DDP averages over ranks. Without boxes
-                # all gradients are 0, and every parameter has one, which DDP needs.
+                # all gradients are 0. Every parameter has one, as DDP needs.
                 loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
                 loss = loss / (CLASSES * max(count, 1 / world))
                 scaler.scale(loss).backward()
@@ -562,9 +563,9 @@ def average_precisions(truth, found, classes, excluded=(), match="file"):
 
 @torch.no_grad()
 def detect(detector, frames, media, recipe, view):
-    """(scores, (name, reason) of unreadable clips), on all ranks: (n, 80) arrays in a list.
+    """(a list of (n, 80) scores, [(name, reason)] of unreadable clips), on all ranks.
 
-    Each rank does its share of the batches, which do not depend on the number of ranks.
+    Each rank does its share of the batches.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(detector.parameters()).device
@@ -620,7 +621,7 @@ def run_test(detector, recipe, frames, media, print0, view, every=1, stem=""):
 
 
 def draw_detections(rows, media, recipe, path):
-    """Write a picture of a key frame of run_test's rows. White: true boxes. Orange: scored ones."""
+    """Write a picture of a key frame of a test. White: true boxes. Orange: scored ones."""
     names, truth, _ = read_truth(recipe.data)
     shown = rows[len(rows) // 2][0]
     clip, _ = read_clip(replace(recipe, num_frames=1), media[shown.movie], shown, (480, 480))
