@@ -12,7 +12,7 @@ import re
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-GRAY = (128, 128, 128)  # release: fills what lies outside a clip; for images it is the mean color
+GRAY = (128, 128, 128)  # release: what lies outside a clip (of images, the mean color)
 
 
 def _look_up(image, function):
@@ -25,48 +25,38 @@ def _affine(image, matrix, fill):
     return image.transform(image.size, Image.AFFINE, matrix, Image.BICUBIC, fillcolor=fill)
 
 
+def _enhance(name):
+    """The entry of one of PIL's enhancers. 1 leaves the image as it is."""
+    enhancer = getattr(ImageEnhance, name)
+    return lambda level: 1 + 0.9 * level, True, lambda image, a, fill: enhancer(image).enhance(a)
+
+
 # timm's "increasing" list. name: (argument a at level = magnitude / 10 or None, has a random sign?,
 # effect of a on an image, with the color `fill` outside)
 OPERATIONS = {
     "AutoContrast": (None, False, lambda image, a, fill: ImageOps.autocontrast(image)),
     "Equalize": (None, False, lambda image, a, fill: ImageOps.equalize(image)),
     "Invert": (None, False, lambda image, a, fill: ImageOps.invert(image)),
-    "Rotate": (  # degrees
-        lambda level: 30 * level, True,
-        lambda image, a, fill: image.rotate(a, Image.BICUBIC, fillcolor=fill)),
-    "Posterize": (  # bits that stay; 0 at level 1: black
-        lambda level: 4 - int(4 * level), False,
-        lambda image, a, fill: _look_up(image, lambda v: v >> (8 - a) << (8 - a))),
-    "Solarize": (  # inverted from here on
-        lambda level: 256 - int(256 * level), False,
-        lambda image, a, fill: _look_up(image, lambda v: v if v < a else 255 - v)),
-    "SolarizeAdd": (  # added below 128
-        lambda level: int(110 * level), False,
-        lambda image, a, fill: _look_up(image, lambda v: v + a if v < 128 else v)),
-    "Color": (  # 0 gray, 1 as it is
-        lambda level: 1 + 0.9 * level, True,
-        lambda image, a, fill: ImageEnhance.Color(image).enhance(a)),
-    "Contrast": (  # 0 the mean gray
-        lambda level: 1 + 0.9 * level, True,
-        lambda image, a, fill: ImageEnhance.Contrast(image).enhance(a)),
-    "Brightness": (  # 0 black
-        lambda level: 1 + 0.9 * level, True,
-        lambda image, a, fill: ImageEnhance.Brightness(image).enhance(a)),
-    "Sharpness": (  # 0 smoothed
-        lambda level: 1 + 0.9 * level, True,
-        lambda image, a, fill: ImageEnhance.Sharpness(image).enhance(a)),
-    "ShearX": (  # pixels per pixel
-        lambda level: 0.3 * level, True,
-        lambda image, a, fill: _affine(image, (1, a, 0, 0, 1, 0), fill)),
-    "ShearY": (
-        lambda level: 0.3 * level, True,
-        lambda image, a, fill: _affine(image, (1, 0, 0, a, 1, 0), fill)),
-    "TranslateX": (  # share of the width
-        lambda level: 0.45 * level, True,
-        lambda image, a, fill: _affine(image, (1, 0, a * image.width, 0, 1, 0), fill)),
-    "TranslateY": (  # share of the height
-        lambda level: 0.45 * level, True,
-        lambda image, a, fill: _affine(image, (1, 0, 0, 0, 1, a * image.height), fill)),
+    "Rotate": (lambda level: 30 * level, True,  # degrees
+               lambda image, a, fill: image.rotate(a, Image.BICUBIC, fillcolor=fill)),
+    "Posterize": (lambda level: 4 - int(4 * level), False,  # bits that stay
+                  lambda image, a, fill: _look_up(image, lambda v: v >> (8 - a) << (8 - a))),
+    "Solarize": (lambda level: 256 - int(256 * level), False,  # inverted from here on
+                 lambda image, a, fill: _look_up(image, lambda v: v if v < a else 255 - v)),
+    "SolarizeAdd": (lambda level: int(110 * level), False,  # added below 128
+                    lambda image, a, fill: _look_up(image, lambda v: v + a if v < 128 else v)),
+    "Color": _enhance("Color"),  # 0: gray
+    "Contrast": _enhance("Contrast"),  # 0: the mean gray
+    "Brightness": _enhance("Brightness"),  # 0: black
+    "Sharpness": _enhance("Sharpness"),  # 0: smoothed
+    "ShearX": (lambda level: 0.3 * level, True,  # pixels per pixel
+               lambda image, a, fill: _affine(image, (1, a, 0, 0, 1, 0), fill)),
+    "ShearY": (lambda level: 0.3 * level, True,
+               lambda image, a, fill: _affine(image, (1, 0, 0, a, 1, 0), fill)),
+    "TranslateX": (lambda level: 0.45 * level, True,  # share of the side
+                   lambda image, a, fill: _affine(image, (1, 0, a * image.width, 0, 1, 0), fill)),
+    "TranslateY": (lambda level: 0.45 * level, True,
+                   lambda image, a, fill: _affine(image, (1, 0, 0, 0, 1, a * image.height), fill)),
 }
 
 
@@ -74,9 +64,8 @@ def rand_augment(images, rng, magnitude=7, std=0.5, num_ops=2, prob=0.5, fill=GR
     """RandAugment, the same for all images (Cubuk et al., 2020).
 
     images: list of PIL RGB images, the frames of a clip or one image. rng: random.Random.
-    magnitude, std: of each operation, drawn from a normal distribution and cut to [0, 10].
-    num_ops: operations drawn, with replacement. prob: of each to happen.
-    fill: color outside the image; the release has (124, 116, 104) for ImageNet.
+    magnitude, std: of the normal distribution of magnitudes, which are cut to [0, 10].
+    num_ops: operations drawn, with replacement. prob: of each to happen. fill: color outside.
     Returns a list of PIL images. Release: before the crop of a clip, after the crop of an image.
     """
     return apply_operations(images, draw_operations(rng, magnitude, std, num_ops, prob), fill)
@@ -110,8 +99,7 @@ def apply_operations(images, operations, fill=GRAY):
 def parse_rand_augment(text):
     """timm's notation, "rand-m9-n4-mstd0.5-inc1" -> {"magnitude": 9.0, "std": 0.5, "num_ops": 4}.
 
-    Defaults are timm's: m10, n2, mstd0. Raises ValueError for an unknown part, and without inc1, as
-    only the "increasing" operations are here.
+    Defaults are timm's. Raises ValueError for an unknown part, and without inc1 ("increasing").
     """
     kind, *parts = text.split("-")
     found = {"m": "10", "n": "2", "mstd": "0"}
@@ -122,8 +110,7 @@ def parse_rand_augment(text):
         key, value = filter(None, match.groups())
         found[key] = value
     if kind != "rand" or "inc" not in found or float(found["m"]) > 10:
-        raise ValueError(f"{text!r} is not rand-...-inc1 with a magnitude up to 10: use, for "
-                         "example, rand-m7-mstd0.5-inc1")
+        raise ValueError(f"{text!r} is not rand-...-inc1 with m up to 10: try rand-m7-mstd0.5-inc1")
     return {"magnitude": float(found["m"]), "std": float(found["mstd"]), "num_ops": int(found["n"])}
 
 
