@@ -21,6 +21,8 @@ import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
+import engine
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,7 @@ from PIL import Image
 
 import layouts
 import video
-from video import UnreadableFile, picture_size, read_clip, read_image, read_moments  # noqa: F401
+from video import UnreadableFile, read_clip, read_image
 
 ATTEMPTS = 10        # files tried for one sample before giving up
 PREFETCH = 2         # batches that a worker prepares ahead
@@ -671,5 +673,4 @@ def main():
 
 
 if __name__ == "__main__":
-    import engine
     engine.run_main(main)

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import layouts
+import video
 from augment import apply_operations, draw_operations, erase, erasing_box, mix
 
 SIZE, STEP, MARGIN = 128, 132, 190  # pixels: side of a picture, to the next one, for the texts
@@ -61,9 +62,9 @@ def main():
     if not os.path.isfile(args.file):
         raise FileNotFoundError(f"no file {args.file}")
     if layouts.media_kind(args.file) == "image":
-        clip = torch.from_numpy(np.array(data.read_image(args.file))).permute(2, 0, 1)[None]
+        clip = torch.from_numpy(np.array(video.read_image(args.file))).permute(2, 0, 1)[None]
     else:
-        clip = data.read_clip(args.file, num_frames=8, sampling_rate=8)  # (8, 3, height, width)
+        clip = video.read_clip(args.file, num_frames=8, sampling_rate=8)  # (8, 3, height, width)
     os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
     contact_sheet(clip, args.seed).save(args.output)
     print(f"wrote {args.output}")
