@@ -1,20 +1,13 @@
 """How fast this machine does what MaskFeat needs, against the plain forms in tests/plain.py.
 
-    python -m tools.bench --quick                            # MViTv2-S only, three rounds
-    python -m tools.bench --models vit_b --batch 64 --json out/bench.json
+    python -m tools.bench [--quick] [--models vit_b --batch 64] [--json out/bench.json]
 
 Both sides take turns. The ratio of ours to the plain form is the median of the rounds' ratios, ±
-half their interquartile range. The precision is that of training, and nothing is compiled. A step
-is forward, HOG, loss, backward, clipping and AdamW. A sample is read and cropped by one thread.
+half their interquartile range. The precision is that of training, but nothing is compiled.
 """
 import argparse
-import contextlib
-import copy
-import itertools
 import json
-import multiprocessing
 import random
-import sys
 import tempfile
 import timeit
 from pathlib import Path
@@ -26,20 +19,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-import data
-import layouts
 import masking
 import models
 import mvit
 import pretrain
+import video
 import vit
 from hog import HOG
+from tests import plain
 from tools import synthetic
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-import plain  # noqa: E402
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
 AUTOCAST = engine.mixed_precision("auto", DEVICE)[1]
 BATCH = {"mvitv2_s": (1, 8), "mvitv2_l": (1, 4), "vit_b": (4, 64), "vit_l": (2, 32)}  # CPU, GPU
 PLAIN = {                                                     # what -> its plain form
@@ -52,20 +43,17 @@ PLAIN = {                                                     # what -> its plai
 
 def plainly(function):
     """The same function, run with the plain forms."""
-    def run():
-        with contextlib.ExitStack() as stack:
-            for place, form in PLAIN.items():
-                stack.enter_context(mock.patch.object(*place, form))
-            return function()
-    return run
+    for place, form in PLAIN.items():
+        function = mock.patch.object(*place, form)(function)
+    return function
 
 
 def take_turns(sides, rounds):
-    """Seconds per call in each round: a tuple for each function. A turn takes 0.2 s or more."""
-    sync = torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None
+    """ms per call in each round: a tuple for each function. A turn takes 0.2 s or more."""
+    sync = torch.cuda.synchronize if GPU else lambda: None
     timers = [timeit.Timer(lambda side=side: (side(), sync())) for side in sides]
     calls = [timer.autorange()[0] for timer in timers]        # this also warms up
-    return [*zip(*([t.timeit(n) / n for t, n in zip(timers, calls)] for _ in range(rounds)))]
+    return [*zip(*([1e3 * t.timeit(n) / n for t, n in zip(timers, calls)] for _ in range(rounds)))]
 
 
 def make_step(recipe, batch):
@@ -97,9 +85,9 @@ def peak_memory(form, name, batch):
 
 
 def bench_step(rounds, name, batch):
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        ours, other = (pool.apply(peak_memory, (form, name, batch)) for form in (copy.copy, plainly))
-    yield f"{name}, batch {batch}: peak memory of a step", "GiB", [ours], [other]
+    with torch.multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peaks = [[pool.apply(peak_memory, (x, name, batch))] for x in (torch.nn.Identity(), plainly)]
+    yield f"{name}, batch {batch}: peak memory of a step", "GiB", *peaks
     step = make_step(pretrain.Recipe(model=name), batch)
     yield f"{name}, batch {batch}: step", "ms", *take_turns([step, plainly(step)], rounds)
 
@@ -113,73 +101,67 @@ def bench_parts(rounds):
         grid = (14, 14) if kind == "block" else (8, 14, 14)
         draw = lambda kind=kind, grid=grid: masking.draw_mask(kind, grid, 0.4, random)
         yield f"{kind} mask", "ms", *take_turns([draw], rounds)
-    trunk, batch = mvit.mvitv2_s(output_stride=16), BATCH["mvitv2_s"][DEVICE.type == "cuda"]
-    for block, side in ((0, 56), (15, 14)):
+    trunk, batch = mvit.mvitv2_s(output_stride=16), BATCH["mvitv2_s"][GPU]
+    for block, side, D in ((0, 56, 96), (15, 14, 768)):
         attention = trunk.blocks[block].attn.to(DEVICE)
-        x = torch.randn(batch, 1 + 8 * side ** 2, attention.qkv.in_features, device=DEVICE)
+        x = torch.randn(batch, 1 + 8 * side ** 2, D, device=DEVICE, requires_grad=True)
 
-        def run(attention=attention, x=x.requires_grad_(), side=side):
+        def run(attention=attention, x=x, side=side):
             with AUTOCAST():
                 attention(x, (8, side, side))[0].float().sum().backward()
         name = f"attention, 8x{side}x{side}, {attention.num_heads} heads"
         yield name, "ms", *take_turns([run, plainly(run)], rounds)
 
 
-def bench_sample(rounds, kind, width, height):
-    """A random sample of an image of noise, or of a video of 10 s that pans over it."""
+def bench_reading(rounds, kind, width, height):
+    """A random clip of a video of 10 s that pans over noise, or a JPEG of noise."""
     noise = np.random.default_rng(0).integers(0, 256, (height // 8, width // 4, 3), np.uint8)
     noise = np.asarray(Image.fromarray(noise).resize((2 * width, height)))
     views = np.lib.stride_tricks.sliding_window_view(noise, width, axis=1)    # (H, T, 3, W)
     with tempfile.TemporaryDirectory() as folder:
-        if kind == "video":
-            path, T = f"{folder}/clip.mp4", 16
+        path = f"{folder}/file.{kind}"
+        if kind == "mp4":
             synthetic.write_video(path, views[:, :300].transpose(1, 0, 3, 2))
+            sides = [lambda form=form: form(path, position=random.random())
+                     for form in (video.read_clip, plain.plain_clip)]
         else:
-            path, T = f"{folder}/image.jpg", None
             Image.fromarray(noise[:, :width]).save(path, quality=90)
-        dataset = data.PretrainDataset(layouts.Samples(kind, [path], [0], []), (224, 224), T)
-
-        def plain_sample():
-            clip = plain.plain_clip(path, position=random.random())
-            box = data.random_resized_crop_box(*clip.shape[-2:], random)
-            return data.crop_resize(clip, box, (224, 224))
+            sides = [lambda: video.read_image(path)]
         torch.set_num_threads(1)                              # as in a worker of the loader
-        times = take_turns([lambda: dataset[random.random(), 0], plain_sample][:1 if T is None else 2], rounds)
-        yield f"{kind} of {width}x{height}, sample", "ms", *times
+        yield f"{kind} of {width}x{height}", "ms", *take_turns(sides, rounds)
 
 
 def summarize(name, unit, ours, other=()):
-    """A line of the table. Times in s become ms."""
-    scale = 1e3 if unit == "ms" else 1
-    line = {"name": name, "unit": unit, "ours": scale * np.median(ours)}
+    """A line of the table, from the values of all rounds."""
+    line = {"name": name, "unit": unit, "ours": np.median(ours)}
     if other:
         low, ratio, high = np.quantile(np.divide(ours, other), (0.25, 0.5, 0.75))
-        line |= {"plain": scale * np.median(other), "ratio": ratio, "spread": (high - low) / 2}
+        line |= {"plain": np.median(other), "ratio": ratio, "spread": (high - low) / 2}
     return line
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="mvitv2_s, three rounds")
-    parser.add_argument("--models", nargs="*", choices=BATCH, help="whose step; default: all four")
+    parser.add_argument("--models", nargs="+", choices=BATCH, help="whose step; default: all four")
     parser.add_argument("--batch", type=int, help="samples per step; default: by model and device")
     parser.add_argument("--rounds", type=int, help="turns of each side; default 7")
     parser.add_argument("--json", help="file for all lines")
     args = parser.parse_args()
     rounds = args.rounds or (3 if args.quick else 7)
-    chip = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-    machine = f"{chip}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{machine}, {rounds} rounds\n{'':44}{'ours':>9}{'plain':>14}  ratio")
-    lines, benches = [], [bench_parts(rounds)]
+    files = ("mp4", 340, 256), ("mp4", 1280, 720), ("jpg", 500, 375)
+    machine = (f"{torch.cuda.get_device_name() if GPU else 'CPU'}, {torch.get_num_threads()} "
+               f"threads, torch {torch.__version__}, {rounds} rounds")
+    print(f"{machine}\n{'':44}{'ours':>9}{'plain':>14}  ratio")
+    benches = [bench_parts(rounds)]
     for name in args.models or (["mvitv2_s"] if args.quick else BATCH):
-        batch = args.batch or BATCH[name][DEVICE.type == "cuda"]
-        benches.append(bench_step(rounds, name, batch))
-    for file in (("video", 340, 256), ("video", 1280, 720), ("image", 500, 375)):
-        benches.append(bench_sample(rounds, *file))
-    for row in itertools.chain(*benches):
-        lines.append(summarize(*row))
-        text = "{name:44}{ours:9.4g} {unit:3}" + "{plain:10.4g}  {ratio:.3f} ± {spread:.3f}" * (len(row) > 3)
-        print(text.format(**lines[-1]), flush=True)
+        benches.append(bench_step(rounds, name, args.batch or BATCH[name][GPU]))
+    benches += [bench_reading(rounds, *file) for file in files]
+    lines = []
+    for line in (summarize(*row) for bench in benches for row in bench):
+        ratio = "{plain:10.4g}  {ratio:.3f} ± {spread:.3f}" if "plain" in line else ""
+        print(("{name:44}{ours:9.4g} {unit:3}" + ratio).format(**line), flush=True)
+        lines.append(line)
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": machine, "lines": lines}, indent=1))
 
