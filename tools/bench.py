@@ -86,7 +86,8 @@ def peak_memory(form, name, batch):
 
 def bench_step(rounds, name, batch):
     with torch.multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        peaks = [[pool.apply(peak_memory, (x, name, batch))] for x in (torch.nn.Identity(), plainly)]
+        forms = torch.nn.Identity(), plainly
+        peaks = [[pool.apply(peak_memory, (form, name, batch))] for form in forms]
     yield f"{name}, batch {batch}: peak memory of a step", "GiB", *peaks
     step = make_step(pretrain.Recipe(model=name), batch)
     yield f"{name}, batch {batch}: step", "ms", *take_turns([step, plainly(step)], rounds)
