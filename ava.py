@@ -1,23 +1,32 @@
 """Action detection on AVA v2.2 (Sec. 4.2, Table 4): which of 80 actions each person is doing.
 
-    torchrun ava.py    # recipe `tiny`, made-up movies
+    torchrun ava.py                                               # recipe `tiny`, made-up movies
     torchrun --nproc_per_node=8 ava.py --data ava/ --model mvitv2_l --init out/finetune/last.pt
-    python ava.py --data ava/ --eval out/ava/last.pt --view full --draw a.png
-    python ava.py --model mvitv2_l --dry-run
+    torchrun --nproc_per_node=8 ava.py --data ava/ --eval out/ava/last.pt --view full --draw a.png
+    python ava.py --model mvitv2_l --expand attn --dry-run
 
-A separate detector has found the persons. The model encodes the clip around a key frame.
+The boxes of persons come from a separate detector. The model encodes the clip around a key frame.
 RoIAlign cuts each box out of the features, and a linear layer gives one logit per action.
 
-docs/ava.md lists the files in --data DIR, and the differences from the release (SlowFast's loader,
-MViT's head, ActivityNet's evaluator). Writes OUT/last.pt, log.jsonl, last.png, and
-last_{center,full}.csv and .json. Flags without a text are those of finetune.py.
+--data DIR has the published TABLES in DIR/annotations or DIR, and the movies, DIR/videos/**/NAME.*
+(with --movie-start 900 if cut there), or their frames in DIR/frames and DIR/frame_lists.
+Writes OUT/last.pt, log.jsonl, last_{center,full}.csv (for the official evaluator), .json, last.png.
+
+Release: SlowFast's AVA loader, MViT's detection head, the ActivityNet evaluator. Differences:
+- Boxes that a crop leaves empty are dropped (release: --no-drop-empty).
+- Boxes are scaled along each axis as the picture is (release: --no-box-per-axis).
+- The loss is the mean over all boxes of a batch. The release averages the means of its GPUs.
+- The features' stride is their own, 32. The release's default of 16 doubles all coordinates.
 """
+import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+import time
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -27,8 +36,9 @@ from engine import option
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
@@ -39,93 +49,102 @@ from convert import foreign_recipe, load_weights
 from models import build_classifier
 from tools import synthetic
 from tools.flops import count_flops
+from video import UnreadableFile
 
-CLASSES = 80  # numbered from 1 in the tables
-FIRST, LAST = 902, 1798  # seconds that have boxes
-FRAMES_START, FPS = 900, 30  # DIR/frames: second of the first, frames per second
+CLASSES = 80                 # numbered from 1 in the tables; 60 of them are evaluated
+FIRST, LAST = 902, 1798      # seconds that have boxes
+FRAMES_START, FPS = 900, 30  # second of the first frame in DIR/frames, frames per second
 STARTS = ("out/finetune/last.pt", "out/pretrain/last.pt")
 
 
 # ---------------------------------------------------------------------------------------- recipes
-# The paper's appendix, which is not public to us, has its recipe. This one is of MViTv1 and MViTv2
-# (SGD, 0.6 at 512, 30 epochs, drop path 0.4), and else as in MaskFeat's fine-tuning.
+# The paper's AVA recipe is in its appendix, which is not public to us. The large rows are those of
+# MViTv1 and MViTv2, and the last one is VideoMAE's. The rest is as in MaskFeat's fine-tuning.
 
 @dataclass(frozen=True)
 class Recipe:
     # model and input
-    model: str = option("mvitv2_l", choices=tuple(mvit.MODELS))
-    init: str = option("auto", f"checkpoint; auto: {' or '.join(STARTS)}; '': none")
-    image_size: tuple = (312, 312)  # Table 4: 312, 40x3
-    num_frames: int = option(40, alias="--frames")
-    sampling_rate: int = 3
-    expand: str = option("mlp", choices=("mlp", "attn"))
-    drop_path: float = 0.4
-    dropout: float = 0.0
-    head_init_scale: float = 0.001
-    mean: tuple = (0.45, 0.45, 0.45)
-    std: tuple = (0.225, 0.225, 0.225)
+    model: str = option("mvitv2_l", "encoder", tuple(mvit.MODELS))
+    init: str = option("auto", f"checkpoint to start from; auto: {' or '.join(STARTS)}; '': none")
+    image_size: tuple = option((312, 312), "height and width of crops")      # Table 4: 312, 40x3
+    num_frames: int = option(40, "frames per clip", alias="--frames")
+    sampling_rate: int = option(3, "stride between frames, at 30 fps")
+    expand: str = option("mlp", "where MViT widens", ("mlp", "attn"))
+    drop_path: float = option(0.4, "stochastic depth rate at the last block")             # MViT
+    dropout: float = option(0.0, "before the head")
+    head_init_scale: float = option(0.001, "factor on a new head's weights")
+    mean: tuple = option((0.45, 0.45, 0.45), "RGB mean of the input in [0, 1]")
+    std: tuple = option((0.225, 0.225, 0.225), "RGB standard deviation")
     # boxes and crops
-    box_score: float = option(0.8, "least score of a predicted box")  # release
+    box_score: float = option(0.8, "least score of a predicted box")                   # release
     predicted: bool = option(True, "train on predicted boxes, too")
-    drop_empty: bool = option(True, "drop training boxes that a crop empties")
-    box_per_axis: bool = option(True, "scale boxes along each axis")
+    drop_empty: bool = option(True, "drop training boxes that the crop leaves empty")
+    box_per_axis: bool = option(True, "scale boxes per axis, else by the longer side's ratio")
     jitter: tuple = option((356, 446), "range of the shorter side in training")  # as 256-320 to 224
-    flip: float = 0.5
+    flip: float = option(0.5, "probability of a horizontal flip")
     # optimization
-    optimizer: str = option("sgd", choices=("adamw", "sgd"))
-    epochs: int = 30
-    batch_size: int = 512
-    lr: float = 0.6
-    lr_batch: int = 512
-    warmup_epochs: float = 5.0
-    warmup_lr: float = 1e-6  # ours
-    min_lr: float = 1e-6  # ours
-    layer_decay: float = 1.0
-    weight_decay: float = 1e-8
-    beta2: float = 0.999
-    clip_grad: float = 5.0
-    seed: int = 0
-    # testing and the run: all may change with --resume
-    view: str = option("center", choices=("center", "full"))
-    match: str = option("file", "order of matching; file: official", ("file", "score"))
-    val_epochs: int = option(5, "epochs between tests on every fourth second; 0: never")
+    optimizer: str = option("sgd", "with momentum 0.9, or adamw", ("adamw", "sgd"))
+    epochs: int = option(30, "passes over the key frames")
+    batch_size: int = option(512, "clips per update over all GPUs, at most 1/16 of all")
+    lr: float = option(0.6, "peak learning rate at lr_batch clips per update")
+    lr_batch: int = option(512, "batch that the three learning rates belong to")
+    warmup_epochs: float = option(5.0, "epochs of linear warm-up")
+    warmup_lr: float = option(1e-6, "learning rate at the start")                         # ours
+    min_lr: float = option(1e-6, "learning rate at the end")                              # ours
+    layer_decay: float = option(1.0, "factor on the learning rate from a block to the one below")
+    weight_decay: float = option(1e-8, "on tensors of two or more dimensions")
+    beta2: float = option(0.999, "AdamW")
+    clip_grad: float = option(5.0, "largest total gradient norm, 0: no clipping")
+    seed: int = option(0, "of everything random")
+    # testing
+    view: str = option("center", "center crop, or the full picture", ("center", "full"))
+    match: str = option("file", "match boxes in file order, as officially, or best score first",
+                        ("file", "score"))
+    val_epochs: int = option(5, "epochs between tests on every fourth second, 0: never")
     baseline: bool = option(False, "also test the untrained head")
     eval: str = option("", "checkpoint to test, without training")
-    draw: str = option("", "picture to write, with --eval")
-    data: str = option("", "folder with the data; none: movies are made in data/")
+    draw: str = option("", "with --eval: picture to write")
+    # the run
+    data: str = option("", "folder with the data; without one, movies are made in data/")
     movie_start: float = option(0.0, "second at which the files in DIR/videos begin")
-    out: str = "out/ava"
-    resume: bool = False
-    device_batch: int = 1
-    amp: str = option("auto", choices=("auto", "fp32", "bf16", "fp16"))
-    compile: str = option("auto", choices=("auto", "on", "off"))
-    checkpointing: bool = True
-    workers: int = -1
-    save_minutes: float = 15.0
-    log_every: int = 10
-    dry_run: bool = option(False, "only print parameters and FLOPs")
+    out: str = option("out/ava", "folder for checkpoint, log and results")
+    resume: bool = option(False, "go on from OUT/last.pt if there is one")
+    device_batch: int = option(1, "most clips per GPU and forward pass")
+    amp: str = option("auto", "precision", ("auto", "fp32", "bf16", "fp16"))
+    compile: str = option("auto", "torch.compile; auto: on a GPU", ("auto", "on", "off"))
+    checkpointing: bool = option(True, "recompute activations: less memory, a third more time")
+    workers: int = option(-1, "loader processes per GPU; -1: one per CPU core")
+    save_minutes: float = option(15.0, "minutes between checkpoints; one per epoch as well")
+    log_every: int = option(10, "steps between lines of the log, after the first ten")
+    dry_run: bool = option(False, "print FLOPs, and on a GPU memory and time of a step")
 
 
-AVA = Recipe()
+AVA = Recipe()  # MViTv1, MViTv2: SGD, 0.6 at 512, 30 epochs, drop path 0.4
 RECIPES = {
     "tiny": Recipe(  # ours: minutes on two CPU cores
         model="mvit_tiny", image_size=(64, 64), num_frames=8, sampling_rate=4, jitter=(64, 80),
         drop_path=0.0, optimizer="adamw", epochs=14, batch_size=8, lr=2e-3, lr_batch=8,
         warmup_epochs=1, warmup_lr=1e-5, min_lr=1e-5, weight_decay=0.05, clip_grad=1.0,
-        val_epochs=4, baseline=True, device_batch=8, checkpointing=False),
-    "ava_mvitv2_l_312_40x3": AVA,  # Table 4: 36.3 center, 37.5 full
+        val_epochs=4, baseline=True, device_batch=8, checkpointing=False, compile="off"),
+    "ava_mvitv2_l_312_40x3": AVA,  # Table 4, from Kinetics-400: 36.3 center, 37.5 full
     "ava_mvitv2_s_16x4": replace(
         AVA, model="mvitv2_s", image_size=(224, 224), num_frames=16, sampling_rate=4,
         jitter=(256, 320), device_batch=8, checkpointing=False),
+    "ava_mvitv2_l_adamw": replace(  # VideoMAE, ViT-L
+        AVA, optimizer="adamw", predicted=False, lr=5e-4, lr_batch=256, batch_size=128,
+        weight_decay=0.05, epochs=20, drop_path=0.2, layer_decay=0.8),
 }
-# What may change with --resume, and what a test takes from its checkpoint.
-FIELDS = list(Recipe.__dataclass_fields__)
-RUN_FIELDS = {"init", *FIELDS[FIELDS.index("view"):]}
-TEST_FIELDS = set(FIELDS) - RUN_FIELDS | {"data", "movie_start"}
+# What may change when a run is resumed, and what a test takes from its checkpoint.
+RUN_FIELDS = {
+    "data", "out", "init", "resume", "baseline", "device_batch", "amp", "compile", "checkpointing",
+    "workers", "save_minutes", "log_every", "movie_start", "view", "match", "val_epochs", "eval",
+    "draw", "dry_run"}
+MODEL_FIELDS = ("model", "image_size", "num_frames", "sampling_rate", "expand", "mean", "std",
+                "box_score", "box_per_axis", "data", "movie_start")
 
 
 def check(recipe):
-    """Raise ValueError for flags out of range."""
+    """Raise ValueError for flags out of range or in contradiction."""
     engine.check_numbers(
         recipe, not_negative=("clip_grad", "val_epochs", "warmup_epochs", "movie_start"),
         positive=("epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every",
@@ -134,9 +153,19 @@ def check(recipe):
     if not max(recipe.image_size) <= recipe.jitter[0] <= recipe.jitter[1]:
         raise ValueError(f"jitter={recipe.jitter} is no range from image_size={recipe.image_size} "
                          "up: set --jitter with --image-size")
+    if recipe.draw and not recipe.eval:
+        raise ValueError(f"--draw {recipe.draw} needs --eval CKPT")
 
 
 # ------------------------------------------------------------------------------------------- data
+
+class KeyFrame(NamedTuple):
+    """The boxes of one second of a movie."""
+    movie: str
+    second: int
+    boxes: np.ndarray    # (n, 4) float64: x1, y1, x2, y2 in fractions of width and height
+    targets: np.ndarray  # (n, 80) bool
+
 
 DETECTED = "person_box_67091280_iou90/ava_detection_{0}_boxes_and_labels"
 TABLES = {
@@ -146,137 +175,132 @@ TABLES = {
     "excluded": ["ava_{0}_excluded_timestamps_v2.2.csv"],
     "actions": ["ava_action_list_v2.2_for_activitynet_2019.pbtxt",
                 "ava_action_list_v2.1_for_activitynet_2018.pbtxt"],
+    "frames": ["frame_lists/{0}.csv"],
 }
-ROW = np.dtype([("key", object),      # "movie,second" with four digits
-                ("box", float, 4),    # x1, y1, x2, y2 in fractions of width and height
-                ("label", int),       # -1: none
-                ("score", float)])    # 1 of a true box
 
 
-def locate(folder, table, split="val"):
-    """Path of a published table in folder/annotations or `folder`."""
+def locate(folder, table, split="", needed=True):
+    """Path of a published table in folder/annotations or `folder`. None if it lacks and may."""
     names = [name.format(split) for name in TABLES[table]]
-    for place in ("annotations", ""):
-        for path in (os.path.join(folder, place, name) for name in names):
+    for place in [os.path.join(folder, "annotations"), folder]:
+        for path in [os.path.join(place, name) for name in names]:
             if os.path.isfile(path):
                 return path
-    raise FileNotFoundError(f"{folder}/annotations lacks {' or '.join(names)}")
-
-
-def read_boxes(path, scored=False):
-    """The rows of a table as an array of ROW. scored: the last column is a score, not a person.
-
-    Raises ValueError for another line.
-    """
-    rows = []
-    with open(path) as f:
-        for number, line in enumerate(f, 1):
-            row = line.split(",")
-            try:
-                x1, y1, x2, y2 = map(float, row[2:6])
-                rows.append((key_of(*row[:2]), (x1, y1, x2, y2), int(row[6] or -1),
-                             float(row[7]) if scored else 1.0))
-            except (ValueError, IndexError):
-                raise ValueError(f"{path}, line {number}: {line.strip()!r} is not video, second, "
-                                 "x1, y1, x2, y2, class, score or person") from None
-    return np.array(rows, ROW)
-
-
-def key_of(movie, second):
-    return f"{movie},{int(second):04d}"
-
-
-def read_truth(folder):
-    """({class: name} to evaluate, true boxes, keys that do not count) of a test."""
-    with open(locate(folder, "actions")) as f:
-        names = re.findall(r'name:\s*"(.*?)"\s*(?:label_)?id:\s*(\d+)', f.read())
-    with open(locate(folder, "excluded")) as f:
-        excluded = {key_of(*line.split(",")) for line in f if line.strip()}
-    return ({int(label): name for name, label in names}, read_boxes(locate(folder, "truth")),
-            excluded)
-
-
-class KeyFrame(NamedTuple):
-    movie: str
-    second: int
-    boxes: np.ndarray    # (n, 4) float64, as in ROW
-    targets: np.ndarray  # (n, 80) bool
+    if needed:
+        raise FileNotFoundError(f"{folder} and its annotations/ have no {' or '.join(names)}")
 
 
 def find_media(folder, split):
-    """{movie: path}, or {movie: sorted paths of its frames} if there is a frame list."""
-    frame_list, media = os.path.join(folder, "frame_lists", f"{split}.csv"), {}
-    if not os.path.isfile(frame_list):
+    """{movie: path}, or {movie: paths of its frames in order} if there is a frame list."""
+    frame_list, media = locate(folder, "frames", split, needed=False), {}
+    if frame_list is None:
         for root, _, names in os.walk(os.path.join(folder, "videos"), followlinks=True):
             media |= {os.path.splitext(name)[0]: os.path.join(root, name)
                       for name in sorted(names) if layouts.media_kind(name) == "video"}
         return media
     with open(frame_list) as f:
-        next(f)  # the header
-        for movie, _, _, path, *_ in map(str.split, f):
+        for movie, _, _, path, *_ in map(str.split, itertools.islice(f, 1, None)):   # no header
             media.setdefault(movie, []).append(path.encode())
     # Millions of paths: workers share arrays of bytes without a copy.
     return {movie: np.array(sorted(paths)) for movie, paths in media.items()}
 
 
-def find_key_frames(recipe, split, print0):
-    """(the key frames of a split, {movie: its media}).
+def parse_row(line, scored):
+    """(movie, second, coordinates as written, class or -1, score) of a line whose last column is a
+    score, or a person. Raises ValueError with the reason if it cannot be used."""
+    row = [value.strip() for value in line.split(",")]
+    try:
+        movie, second, box, label = row[0], int(row[1]), tuple(row[2:6]), int(row[6] or -1)
+        x1, y1, x2, y2 = map(float, box)
+        score = float(row[7]) if scored else 1.0
+    except (ValueError, IndexError):
+        columns = "video, second, x1, y1, x2, y2, class, score or person"
+        raise ValueError(f"not {columns}") from None
+    if not FIRST <= second <= LAST:
+        raise ValueError(f"second outside {FIRST} to {LAST}")
+    if not (x1 <= x2 and y1 <= y2):  # or nan
+        raise ValueError("box inverted")
+    if label != -1 and not 1 <= label <= CLASSES:
+        raise ValueError(f"class outside 1 to {CLASSES}")
+    return movie, second, box, label, score
 
-    Only training takes true boxes. A box without class is a person with no action. A row is left
-    out if its movie is missing, its box inverted, or its second or class out of range.
+
+def find_key_frames(recipe, split, print0):
+    """(the key frames of a split that have boxes, {movie: its media}).
+
+    Training takes true boxes, and predicted ones from recipe.box_score up. Validation takes the
+    latter. Coordinates that are written alike are one box (release). A box without class is a
+    person with no action. Rows that cannot be used are counted, and one is shown.
     """
-    media, frames, left_out = find_media(recipe.data, split), {}, []
+    media, frames, left_out = find_media(recipe.data, split), {}, {}
     kinds = ["truth"] * (split == "train") + ["predicted"] * (split == "val" or recipe.predicted)
     for kind in kinds:
-        rows = read_boxes(locate(recipe.data, kind, split), scored=kind == "predicted")
-        for key, box, label, _ in rows[rows["score"] >= recipe.box_score]:
-            movie, second, (x1, y1, x2, y2) = key[:-5], int(key[-4:]), box
-            if FIRST <= second <= LAST and x1 <= x2 and y1 <= y2 and movie in media \
-                    and (label == -1 or 1 <= label <= CLASSES):
-                boxes = frames.setdefault((movie, second), {})
-                targets = boxes.setdefault(tuple(box), np.zeros(CLASSES, bool))
-                if label > 0:
-                    targets[label - 1] = True
-            else:
-                left_out.append(f"{key}, box {box}, class {label}")
-    if left_out:
-        print0(f"{split}: {len(left_out)} rows left out, such as {left_out[0]}")
+        path = locate(recipe.data, kind, split, needed=kinds[0] == kind)
+        if path is None:
+            print0(f"{recipe.data} has no predicted boxes for training: only true ones are used")
+            continue
+        with open(path) as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    movie, second, box, label, score = parse_row(line, kind == "predicted")
+                    if score < recipe.box_score:
+                        continue
+                    if movie not in media:
+                        raise ValueError("movie missing (in a test its persons count as missed)")
+                except ValueError as error:
+                    where = f"{os.path.basename(path)} line {number}"
+                    left_out.setdefault(str(error), []).append(f"{where}: {line.strip()}")
+                    continue
+                labels = frames.setdefault((movie, second), {}).setdefault(box, set())
+                labels.update({label} - {-1})
+    for reason, rows in left_out.items():
+        print0(f"{split}: {len(rows)} rows left out, {reason}, such as {rows[0]}")
     if not frames:
-        raise ValueError(f"{recipe.data} has no box of use for its {len(media)} {split} movies")
-    return [KeyFrame(*key, np.array(list(boxes)), np.array(list(boxes.values())))
+        raise ValueError(f"{recipe.data}: no box of its {split} part and {len(media)} movies is "
+                         "of use")
+    classes = range(1, CLASSES + 1)
+    return [KeyFrame(*key, np.array(list(boxes), float),
+                     np.array([[c in labels for c in classes] for labels in boxes.values()]))
             for key, boxes in frames.items()], media
 
 
 def fingerprint_of(frames):
-    """By which a resumed run knows its data."""
-    rows = [f"{f.movie},{f.second}".encode() + f.boxes.tobytes() + f.targets.tobytes()
-            for f in frames]
-    return hashlib.sha256(b"".join(rows)).hexdigest()[:16]
+    """A hex digest, by which a resumed run knows its data."""
+    digest = hashlib.sha256()
+    for f in frames:
+        digest.update(f"{f.movie},{f.second}".encode() + f.boxes.tobytes() + f.targets.tobytes())
+    return digest.hexdigest()[:16]
 
 
-def read_clip(recipe, media, frame, min_size):
-    """The clip around a key frame, scaled so that it just covers `min_size`, (H, W).
+def clip_offsets(num_frames, sampling_rate):
+    """Numbers of a clip's frames, from the key frame, which is the T/2-th (release)."""
+    half = num_frames * sampling_rate // 2
+    return range(-half, num_frames * sampling_rate - half, sampling_rate)
 
-    media: path of the movie, or an array of the names of its frames in DIR/frames.
+
+def read_clip(media, frame, num_frames, sampling_rate, movie_start, min_size, folder):
+    """The clip around a key frame, scaled so that it just covers `min_size` (int or (H, W)).
+
+    media: path of the movie, or an array of the names of its frames in folder/frames.
     Returns (T, 3, h, w) uint8 and the original (height, width). Raises UnreadableFile.
     """
-    T = recipe.num_frames
-    offsets = (np.arange(T) - T // 2) * recipe.sampling_rate  # the key frame is the T/2-th: release
+    offsets = clip_offsets(num_frames, sampling_rate)
     try:
         if isinstance(media, str):
-            times = (frame.second - recipe.movie_start + offsets / FPS).tolist()
+            times = [frame.second - movie_start + offset / FPS for offset in offsets]
             return video.read_moments(media, times, min_size), video.picture_size(media)
         center = (frame.second - FRAMES_START) * FPS
         if center >= len(media):
-            raise video.UnreadableFile("frames", f"number {center} is wanted of {len(media)}")
-        names = media[np.clip(center + offsets, 0, len(media) - 1)]
-        images = [video.read_image(os.path.join(recipe.data, "frames", name.decode()))
+            raise UnreadableFile("frames", f"number {center} is wanted of {len(media)}")
+        names = media[np.clip(center + np.array(offsets), 0, len(media) - 1)]
+        images = [video.read_image(os.path.join(folder, "frames", str(name, "utf8")))
                   for name in names]
-    except video.UnreadableFile as error:
-        raise video.UnreadableFile(f"{frame.movie} at second {frame.second}",
-                             f"{error} (--movie-start {recipe.movie_start:g})") from error
+    except UnreadableFile as error:
+        raise UnreadableFile(f"{frame.movie} at second {frame.second}",
+                             f"{error} (--movie-start {movie_start:g})") from error
     W, H = images[0].size
-    scale = max(min_size[0] / H, min_size[1] / W)
+    h, w = (min_size, min_size) if isinstance(min_size, int) else min_size
+    scale = max(h / H, w / W)
     size = round(W * scale), round(H * scale)
     images = [np.asarray(image.resize(size, Image.BILINEAR)) for image in images]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), (H, W)
@@ -286,9 +310,9 @@ class Clips(torch.utils.data.Dataset):
     """Clips and boxes, indexed by (epoch, index) in training, else by index.
 
     view: "train" (random size in recipe.jitter, crop and flip), "center" (crop) or "full".
-    Items: "x" (1, 3, T, h, w) uint8, "boxes" (n, 4) in pixels of x, "targets" (n, 80), "count" [n]
-    and "unreadable" [(name, reason)]. In training another clip replaces an unreadable one. In a
-    test it has no box.
+    An item is a dict of "x" uint8 (3, T, h, w), "boxes" float32 (n, 4) in pixels of x, "targets"
+    float32 (n, 80), "index" and "unreadable", a list of (name, reason). In training another clip
+    replaces an unreadable one. In a test its item has the last two entries only.
     """
 
     def __init__(self, frames, media, recipe, view):
@@ -300,29 +324,23 @@ class Clips(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         if self.view == "train":
-            rng = data.sample_rng(self.recipe.seed, *key)
+            epoch, index = key
+            rng = data.sample_rng(self.recipe.seed, epoch, index)
             item, _, unreadable = data.read_or_replace(
-                lambda i: self.sample(self.frames[i], rng), key[1], len(self), rng)
-            return {**item, "unreadable": unreadable}
+                lambda i: self.sample(self.frames[i], rng), index, len(self), rng)
+            return {**item, "index": index, "unreadable": unreadable}
         try:
-            return {**self.sample(self.frames[key]), "unreadable": []}
-        except video.UnreadableFile as error:
-            shape = 1, 3, self.recipe.num_frames, *self.recipe.image_size
-            return {"x": torch.zeros(shape, dtype=torch.uint8), "boxes": torch.zeros(0, 4),
-                    "targets": torch.zeros(0, CLASSES), "count": [0],
-                    "unreadable": [(error.path, error.reason)]}
-
-    def loader(self, batches, device):
-        """A loader of lists of keys."""
-        workers = engine.loader_workers(self.recipe.workers, device)
-        return data.make_loader(self, batches, workers, device.type == "cuda", data.collate_repeats)
+            return {**self.sample(self.frames[key]), "index": key, "unreadable": []}
+        except UnreadableFile as error:
+            return {"index": key, "unreadable": [(error.path, error.reason)]}
 
     def sample(self, frame, rng=None):
         r, (H, W) = self.recipe, self.recipe.image_size
-        min_size = (H, W) if self.view == "center" else (min(H, W),) * 2
+        min_size = (H, W) if self.view == "center" else min(H, W)
         if self.view == "train":
-            min_size = (round(1 / rng.uniform(1 / r.jitter[1], 1 / r.jitter[0])),) * 2
-        x, picture = read_clip(r, self.media[frame.movie], frame, min_size)  # (T, 3, h, w)
+            min_size = round(1 / rng.uniform(1 / r.jitter[1], 1 / r.jitter[0]))
+        x, picture = read_clip(self.media[frame.movie], frame, r.num_frames, r.sampling_rate,
+                               r.movie_start, min_size, r.data)       # (T, 3, h, w)
         h, w = x.shape[2:]
         top, left, flip = math.ceil((h - H) / 2), math.ceil((w - W) / 2), False
         if self.view == "full":
@@ -330,49 +348,81 @@ class Clips(torch.utils.data.Dataset):
         elif self.view == "train":
             top, left = rng.randint(0, h - H), rng.randint(0, w - W)
             flip = rng.random() < r.flip
-        x = x[:, :, top:top + H, left:left + W].transpose(0, 1)              # (3, T, H, W)
+        x = x[:, :, top:top + H, left:left + W].transpose(0, 1)       # (3, T, H, W)
         boxes = transform_boxes(frame.boxes, picture, (h, w), (top, left, H, W), flip,
-                                r.box_per_axis)
+                                r.box_per_axis)                       # (n, 4)
         keep = np.ones(len(boxes), bool)
         if self.view == "train" and r.drop_empty:
             keep = (boxes[:, :2] < boxes[:, 2:]).all(axis=1)
-        return {"x": (x.flip(-1) if flip else x)[None].contiguous(), "count": [keep.sum()],
-                "boxes": np.float32(boxes[keep]), "targets": np.float32(frame.targets[keep])}
+        return {"x": (x.flip(-1) if flip else x).contiguous(),
+                "boxes": torch.from_numpy(boxes[keep]).float(),
+                "targets": torch.from_numpy(frame.targets[keep]).float()}
 
 
-# ---------------------------------------------------------------------------------- boxes and head
+def collate(items):
+    """"x" (B, 3, T, H, W), "targets" (n, 80), and "rois" (n, 5): place in the batch and box."""
+    rois = [F.pad(item["boxes"], (1, 0), value=i) for i, item in enumerate(items)]
+    return {"x": torch.stack([item["x"] for item in items]), "rois": torch.cat(rois),
+            "targets": torch.cat([item["targets"] for item in items]),
+            "unreadable": [entry for item in items for entry in item["unreadable"]]}
+
+
+def make_loader(clips, batches, device, collate):
+    """The loader of `batches`, on the number of workers that the recipe asks for."""
+    workers = engine.loader_workers(clips.recipe.workers, device)
+    return data.make_loader(clips, batches, workers, device.type == "cuda", collate)
+
+
+# ------------------------------------------------------------------------------------------ boxes
 
 def transform_boxes(boxes, picture, scaled, crop, flip=False, per_axis=True):
     """Boxes as fractions of a picture -> pixels of a crop of the scaled picture.
 
-    boxes: (n, 4). picture, scaled: (H, W) before and after scaling. crop: (top, left, h, w).
-    per_axis=False scales by the ratio of the longer sides (release).
+    boxes: (n, 4) float64 x1, y1, x2, y2. picture, scaled: (H, W) before and after scaling.
+    crop: (top, left, h, w). per_axis=False scales by the ratio of the longer sides (release).
+    Returns (n, 4) within the crop. A box outside has no area left.
     """
     (H, W), (h, w), (top, left, crop_h, crop_w) = picture, scaled, crop
     boxes = np.clip(boxes * [W, H, W, H], 0, [W - 1, H - 1, W - 1, H - 1])
-    ratios = [w / W, h / H] if per_axis else [max(w, h) / max(W, H)] * 2
-    boxes = boxes * np.tile(ratios, 2) - [left, top, left, top]
+    if per_axis:
+        boxes = boxes * [w, h, w, h] / [W, H, W, H]
+    else:
+        boxes = boxes * max(w, h) / max(W, H)
+    boxes = boxes - [left, top, left, top]
     if flip:
         boxes[:, [0, 2]] = crop_w - 1 - boxes[:, [2, 0]]
     return np.clip(boxes, 0, [crop_w - 1, crop_h - 1, crop_w - 1, crop_h - 1])
 
 
-def roi_weights(start, size, length, bins, ratio):
-    """Weights of `length` cells in the mean of the samples in each of `bins` parts of n intervals.
+def box_iou(a, b):
+    """Intersection over union of every pair: (n, 4), (m, 4) -> (n, m)."""
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    both = np.prod(np.maximum(high - low, 0), axis=2)
+    area_a, area_b = (np.prod(x[:, 2:] - x[:, :2], axis=1) for x in (a, b))
+    return both / (area_a[:, None] + area_b[None] - both)
 
-    start, size: (n,) in cells. ratio: see roi_align. Returns (n, bins, length).
+
+# ------------------------------------------------------------------------------------------- head
+
+def roi_weights(start, size, length, bins, ratio):
+    """Weight of each cell of a row of `length` cells in each of `bins` parts of n intervals.
+
+    start, size: (n,) in cells. A part is the mean of `ratio` samples, or if that is 0, of as many
+    as it has cells. Returns (n, bins, length).
     """
-    start, part = start[:, None, None], size[:, None, None] / bins               # (n, 1, 1)
-    count = torch.full_like(part, ratio) if ratio else part.ceil().clamp(min=0)  # samples
+    part = size / bins
+    count = torch.full_like(size, ratio) if ratio else part.ceil().clamp(min=0)   # (n,) samples
     k = torch.arange(max(int(count.max()), 1) if len(count) else 1, device=size.device)
-    place = torch.arange(bins, device=size.device)[:, None] * part               # (n, bins, 1)
-    place = start + (place + (k + 0.5) * (part / count.clamp(min=1)))            # (n, bins, K)
-    # A sample more than a cell outside counts as 0.
-    counted = (k < count) & (place >= -1) & (place <= length)
+    step = (part / count.clamp(min=1))[:, None, None]
+    place = torch.arange(bins, device=size.device)[:, None] * part[:, None, None]
+    place = start[:, None, None] + (place + (k + 0.5) * step)                     # (n, bins, K)
+    # A sample more than a cell outside counts in the mean as 0.
+    counted = (k < count[:, None, None]) & (place >= -1) & (place <= length)
     cells = torch.arange(length, device=size.device)
-    distance = (place.clamp(0, length - 1)[..., None] - cells).abs()             # (.., K, length)
-    weight = (1 - distance).clamp(min=0) * counted[..., None]                    # linear
-    return weight.sum(dim=2) / count.clamp(min=1)
+    distance = (place.clamp(0, length - 1)[..., None] - cells).abs()              # (.., K, length)
+    weight = (1 - distance).clamp(min=0) * counted[..., None]                     # linear
+    return weight.sum(dim=2) / count.clamp(min=1)[:, None, None]
 
 
 def roi_align(features, rois, scale, bins=7, ratio=0):
@@ -380,60 +430,68 @@ def roi_align(features, rois, scale, bins=7, ratio=0):
 
     features: (B, C, H, W). rois: (n, 5), place in the batch, then x1, y1, x2, y2 in pixels.
     scale: cells per pixel. ratio: samples per part along each axis. 0: as many as the part has
-    cells, and none in an empty box, whose value is 0. Returns (n, C, bins, bins).
+    cells, and none in an empty box, whose value is 0.
+    Returns (n, C, bins, bins). Gradients flow to the features only.
+
+    The samples lie on a grid, so the bilinear weight of a cell is that of its row times that of
+    its column. All boxes are one batched matrix product.
     """
-    # The weight of a cell is its row's times its column's.
     x1, y1, x2, y2 = (rois[:, 1:] * scale - 0.5).unbind(1)
-    rows = roi_weights(y1, y2 - y1, features.shape[2], bins, ratio)          # (n, bins, H)
-    columns = roi_weights(x1, x2 - x1, features.shape[3], bins, ratio)       # (n, bins, W)
+    rows = roi_weights(y1, y2 - y1, features.shape[2], bins, ratio)               # (n, bins, H)
+    columns = roi_weights(x1, x2 - x1, features.shape[3], bins, ratio)            # (n, bins, W)
     weights = torch.einsum("nph,nqw->npqhw", rows, columns).flatten(3).flatten(1, 2)
     # Each box's own map. The gradient of an embedding is summed in a fixed order: runs repeat.
     maps = F.embedding(rois[:, 0].long(), features.permute(0, 2, 3, 1).flatten(1))
-    maps = maps.unflatten(1, (-1, features.shape[1]))                        # (n, H*W, C)
+    maps = maps.unflatten(1, (-1, features.shape[1]))                             # (n, H*W, C)
     return (weights.to(maps.dtype) @ maps).transpose(1, 2).unflatten(2, (bins, bins))
 
 
-def model_recipe(recipe):
-    """The recipe as a dict, for build_classifier and in checkpoints."""
-    return {**asdict(recipe), "num_classes": CLASSES, "pool": "mean"}
+class Detector(nn.Module):
+    """An MViT classifier applied to boxes: clips and rois -> one row of logits per roi."""
 
-
-class Detector(torch.nn.Module):
-    """An MViT classifier, applied to boxes (release)."""
-
-    def __init__(self, recipe):
+    def __init__(self, model):
         super().__init__()
-        self.model = build_classifier(model_recipe(recipe))
-        self.scale = 1 / self.model.patch_stride[-1]
-        self.train_features = self.feature_map  # train() compiles it: only tests vary in size
+        self.model = model
+        self.scale = 1 / model.patch_stride[-1]
 
     def feature_map(self, x):
         """(B, 3, T, H, W) -> (B, D, h, w): normed patch tokens, mean over time."""
         tokens, grid = self.model.encode(*self.model.embed(x))
-        tokens = self.model.norm(tokens)[:, 1:].unflatten(1, grid)          # (B, t, h, w, D)
+        tokens = self.model.norm(tokens)[:, 1:].unflatten(1, grid)                # (B, t, h, w, D)
         return tokens.mean(dim=1).permute(0, 3, 1, 2)
 
     def classify(self, features, rois):
         """(B, D, h, w), (n, 5) in pixels -> logits (n, 80) float32."""
         with torch.autocast(features.device.type, enabled=False):
-            x = roi_align(features.float(), rois, self.scale).amax((2, 3))  # (n, D)
+            x = roi_align(features.float(), rois, self.scale).amax(dim=(2, 3))    # (n, D)
             return self.model.head(F.dropout(x, self.model.dropout, self.training))
 
-    def forward(self, x, boxes, counts):
-        """(B, 3, T, H, W), (n, 4) in pixels, boxes per clip (B,) -> logits (n, 80)."""
-        features = (self.train_features if self.training else self.feature_map)(x)
-        places = torch.arange(len(x), device=x.device).repeat_interleave(counts)
-        return self.classify(features, torch.cat([places[:, None], boxes], dim=1))
+    def forward(self, x, rois):
+        return self.classify(self.feature_map(x), rois)
+
+
+def model_recipe(recipe):
+    """The recipe as a dict, complete for build_classifier. Checkpoints hold it."""
+    return {**dataclasses.asdict(recipe), "num_classes": CLASSES, "pool": "mean"}
+
+
+def build(recipe):
+    return Detector(build_classifier(model_recipe(recipe)))
 
 
 def start_weights(detector, recipe, print0):
-    """Load --init. A new head gets small weights."""
+    """Load --init, a checkpoint of the same model. Make the weights of a new head small."""
     path, new = recipe.init, ["head"]
     if path == "auto":
         path = next(filter(os.path.isfile, STARTS), None)
         if path is None:
-            raise FileNotFoundError(f"no {' or '.join(STARTS)}: run finetune.py, or use --init ''")
+            raise FileNotFoundError(f"there is no {' or '.join(STARTS)}: run pretrain.py first, or "
+                                    "give --init CKPT, or --init '' to start from scratch")
     if path:
+        stored = foreign_recipe(engine.read_checkpoint(path))
+        for key in ("model", "expand"):
+            if stored.get(key, getattr(recipe, key)) != getattr(recipe, key):
+                raise ValueError(f"--init {path} has another {key}: add --{key} {stored[key]}")
         new = load_weights(detector.model, path, verbose=False)["fresh"]
     print0(f"starting from {path or 'scratch'}, new weights: {', '.join(new) or 'none'}")
     if any(name.startswith("head") for name in new):
@@ -445,27 +503,31 @@ def start_weights(detector, recipe, print0):
 # ------------------------------------------------------------------------------------------ train
 
 def train(name, recipe, overrides, rank, world, device, print0):
-    """Train, and test every few epochs and at the end."""
+    """Train, with a test every few epochs and at the end."""
     frames, media = find_key_frames(recipe, "train", print0)
     val = find_key_frames(recipe, "val", print0)
-    read_truth(recipe.data)  # what a test needs fails now
+    read_truth(recipe.data)  # what a test needs fails now, not then
     recipe, device_batch, accumulate = engine.plan_batch(
         recipe, len(frames), world, "batch_size" in overrides, print0)
     steps_per_epoch = len(frames) // recipe.batch_size
 
     checkpoint = engine.find_checkpoint(recipe)
     engine.seed_all(recipe.seed)
-    detector = Detector(recipe)
+    detector = build(recipe)
     if not checkpoint:
         start_weights(detector, recipe, print0)
     detector.to(device)
     amp, autocast, scaler = engine.mixed_precision(recipe.amp, device)
     optimizer = engine.make_optimizer(detector.model, recipe)
     test = partial(run_test, detector, recipe, *val, print0)
-    untrained = (checkpoint or {}).get("untrained", {})
+    untrained = {view.replace("centre", "center"): mean for view, mean in
+                 (checkpoint or {}).get("untrained", {}).items()}  # older files: British
     if recipe.baseline and not checkpoint:
         untrained = {view: test(view)["mAP"] for view in ("center", "full")}
     engine.print_setup(name, recipe, detector, optimizer, world, device_batch, amp, print0)
+    print0(f"{len(frames)} key frames of {len({frame.movie for frame in frames})} movies to train, "
+           f"{len(val[0])} to test; {recipe.epochs * steps_per_epoch} steps; features of stride "
+           f"{1 / detector.scale:g}")
     run = engine.Run(
         recipe, detector.model, optimizer, scaler, steps_per_epoch=steps_per_epoch, device=device,
         fingerprint=fingerprint_of(frames), num_files=len(frames), unit="clip",
@@ -473,77 +535,121 @@ def train(name, recipe, overrides, rank, world, device, print0):
         extra={"untrained": untrained, "recipe": model_recipe(recipe)})
     batches = data.EpochBatches(len(frames), recipe.batch_size, recipe.epochs, recipe.seed, rank,
                                 world, device_batch, run.step)
-    loader = iter(Clips(frames, media, recipe, "train").loader(batches, device))
+    loader = iter(make_loader(Clips(frames, media, recipe, "train"), batches, device, collate))
+    trained = Detector(detector.model)  # a second one, since tests take other sizes: not compiled
     if engine.should_compile(recipe.compile, device, print0):
-        detector.train_features = torch.compile(detector.feature_map)
-    ddp = engine.wrap_ddp(detector.train())
+        trained.feature_map = torch.compile(trained.feature_map)  # the number of boxes varies
+    ddp = engine.wrap_ddp(trained)
+    trained.train()
 
     while run.step < run.total_steps:
         lr = run.start_step()
         parts = [run.next_batch(loader) for _ in range(accumulate)]
-        count = engine.reduce_mean(sum(len(part["boxes"]) for part in parts), device)
+        boxes = engine.reduce_mean(sum(len(part["rois"]) for part in parts), device)  # per rank
         step_loss = torch.zeros((), device=device)
         for micro, part in enumerate(parts):
             run.exit_on_signal()
-            x, boxes, counts, targets = (part[key].to(device, non_blocking=True)
-                                         for key in ("x", "boxes", "count", "targets"))
+            x, rois, targets = (part[key].to(device, non_blocking=True)
+                                for key in ("x", "rois", "targets"))
             with engine.sync(ddp, last=micro == accumulate - 1):
                 with autocast():
-                    logits = ddp(data.normalize(x, recipe.mean, recipe.std), boxes, counts)
-                # The mean over all boxes of the step, as DDP averages over ranks. Without boxes
-                # all gradients are 0. Every parameter has one, as DDP needs.
+                    logits = ddp(data.normalize(x, recipe.mean, recipe.std), rois)    # (n, 80)
+                # The mean over all boxes of the step, as DDP averages over ranks. Without boxes it
+                # is 0 and so are all gradients, but every parameter has one, which DDP needs.
                 loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
-                loss = loss / (CLASSES * max(count, 1 / world))
+                loss = loss / (CLASSES * max(boxes, 1 / world))
                 scaler.scale(loss).backward()
             step_loss += loss.detach()
-        run.end_step(step_loss, lr, boxes=round(count * world))  # clip, step or skip, log, save
-        every = recipe.val_epochs * steps_per_epoch
-        if every and run.step % every == 0 and run.step < run.total_steps:
+        run.end_step(step_loss, lr, boxes=round(boxes * world))  # clip, step or skip, log, save
+        if recipe.val_epochs and run.step < run.total_steps \
+                and run.step % (recipe.val_epochs * steps_per_epoch) == 0:
             run.log(step=run.step, val_mAP=test("center", every=4)["mAP"])
-            detector.train()
+            trained.train()
             run.restart_clock()
     run.finish()
 
     stem = run.checkpoint_path.removesuffix(".pt")
     tested = {view: test(view, stem=stem) for view in ("center", "full")}
     if rank == 0:
-        draw_detections(tested["center"]["rows"], val[1], recipe, stem + ".png")
-    for view in sorted(tested.keys() & untrained):
-        print0(f"{view} view: mAP@0.5 {100 * tested[view]['mAP']:.2f}, of the untrained head "
-               f"{100 * untrained[view]:.2f}")
+        draw_detections(tested["center"], val[1], recipe, stem + ".png")
+    print0(f"wrote {run.checkpoint_path}, {run.log_path}, {stem}.png")
+    for view, results in tested.items():
+        print0(f"{view} view: mAP@0.5 {percent(results['mAP'])}"
+               + (f", of the untrained head {percent(untrained[view])}" if untrained else ""))
 
 
-# ------------------------------------------------------------------------------------------- test
+# ----------------------------------------------------------------------------------------- metric
 
-def match_boxes(truth, found):
-    """Which found boxes of a class hit a true one: (n,) bool.
+ROW = np.dtype([("key", object),      # "movie,second" with four digits
+                ("box", float, 4),    # x1, y1, x2, y2
+                ("label", int), ("score", float)])
+
+
+def read_boxes(path, scored=False):
+    """All rows of a table as an array of ROW, usable or not: the official evaluator counts them."""
+    rows = []
+    with open(path) as f:
+        for number, line in enumerate(f, 1):
+            row = line.split(",")
+            try:
+                x1, y1, x2, y2 = map(float, row[2:6])
+                key, score = f"{row[0]},{int(row[1]):04d}", float(row[7]) if scored else 0.0
+                rows.append((key, (x1, y1, x2, y2), int(row[6]), score))
+            except (ValueError, IndexError):
+                raise ValueError(f"{path}, line {number}: {line.strip()!r} is not video, second, "
+                                 "x1, y1, x2, y2, class, score or person") from None
+    return np.array(rows, ROW)
+
+
+def read_label_map(path):
+    """{class: name} of the classes to evaluate, from a pbtxt."""
+    with open(path) as f:
+        items = re.findall(r'name:\s*"(.*?)"\s*(?:label_)?id:\s*(\d+)', f.read())
+    if not items:
+        raise ValueError(f"{path} lists no classes")
+    return {int(number): name for name, number in items}
+
+
+def read_excluded(path):
+    """Keys of the timestamps that do not count. path: None if there are none."""
+    rows = []
+    if path:
+        with open(path) as f:
+            rows = [line.split(",") for line in f if line.strip()]
+    return {f"{movie},{int(second):04d}" for movie, second in rows}
+
+
+def read_truth(folder):
+    """(the classes to evaluate, true boxes, keys that do not count) of a test."""
+    return (read_label_map(locate(folder, "actions")), read_boxes(locate(folder, "truth", "val")),
+            read_excluded(locate(folder, "excluded", "val", needed=False)))
+
+
+def match_boxes(truth, found, threshold):
+    """Which of the found boxes of a class hit a true one: (n,) bool.
 
     A found box is compared only with the true box of its key that it overlaps most. It misses if
-    their IoU is below 0.5, or if an earlier one has hit that box.
+    they overlap less than the threshold, or if an earlier one has hit that box.
     """
     places, hit, used = {}, np.zeros(len(found), bool), set()
     for place, key in enumerate(truth["key"]):
         places.setdefault(key, []).append(place)
     for i, (key, box) in enumerate(zip(found["key"], found["box"])):
         if key in places:
-            boxes = truth["box"][places[key]]  # (m, 4)
-            low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
-            both = np.prod(np.maximum(high - low, 0), axis=1)
-            areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) + np.prod(box[2:] - box[:2])
-            iou = both / (areas - both)
+            iou = box_iou(box[None], truth["box"][places[key]])[0]
             best = places[key][iou.argmax()]
-            hit[i] = iou.max() >= 0.5 and best not in used
+            hit[i] = iou.max() >= threshold and best not in used
             if hit[i]:
                 used.add(best)
     return hit
 
 
-def average_precisions(truth, found, classes, excluded=(), match="file"):
+def average_precisions(truth, found, classes, excluded=(), match="file", threshold=0.5):
     """{class: average precision}, NaN for a class without true boxes. Their nanmean is the mAP.
 
-    truth, found: arrays of ROW. excluded: keys to leave out. match: found boxes take their turn as
-    in the "file" (official), or by "score", best first. Those without area do not count. Among
-    equal scores the last counts first (the official order depends on the CPU).
+    truth, found: arrays of ROW. Found boxes without area do not count. excluded: keys to leave out.
+    match: found boxes take their turn as in the "file" (official), or by "score", best first.
+    Among equal scores the last counts first (the official order depends on the CPU).
     """
     truth, found = (rows[[key not in excluded for key in rows["key"]]] for rows in (truth, found))
     found = found[(found["box"][:, :2] < found["box"][:, 2:]).all(axis=1)]
@@ -552,122 +658,209 @@ def average_precisions(truth, found, classes, excluded=(), match="file"):
         true, tried = truth[truth["label"] == label], found[found["label"] == label]
         if match == "score":
             tried = tried[np.argsort(-tried["score"], kind="stable")]
-        hits = match_boxes(true, tried)
+        hits = match_boxes(true, tried, threshold)
         hits = hits[np.argsort(tried["score"], kind="stable")[::-1]].cumsum()
         precision = np.concatenate([hits / np.arange(1, len(hits) + 1), [0.0]])
         envelope = np.maximum.accumulate(precision[::-1])[::-1]
         recall = np.concatenate([[0.0], hits / max(len(true), 1), [1.0]])
-        precisions[label] = float(np.sum(np.diff(recall) * envelope)) if len(true) else math.nan
+        area = float(np.sum(np.diff(recall) * envelope))
+        precisions[label] = area if len(true) else float("nan")
     return precisions
 
 
+# ------------------------------------------------------------------------------------------- test
+
 @torch.no_grad()
 def detect(detector, frames, media, recipe, view):
-    """(a list of (n, 80) scores, [(name, reason)] of unreadable clips), on all ranks.
+    """Scores of every box. Each rank does its share of the key frames.
 
-    Each rank does its share of the batches.
+    Returns, on all ranks: a list of (n, 80) float32 arrays, None for an unreadable clip, and the
+    sorted (name, reason) of these. The batches do not depend on the number of ranks.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(detector.parameters()).device
     _, autocast, _ = engine.mixed_precision(recipe.amp, device)
     size = 1 if view == "full" else recipe.device_batch  # full pictures differ in shape
-    batches = [range(len(frames))[i:i + size] for i in range(0, len(frames), size)][rank::world]
-    loader = Clips(frames, media, recipe, view).loader(batches, device)
+    groups = [range(len(frames))[i:i + size] for i in range(0, len(frames), size)]
+    loader = make_loader(Clips(frames, media, recipe, view), groups[rank::world], device, list)
     scores, unreadable = [], []
-    for batch, indices in zip(tqdm(loader, desc=f"{view} view", disable=rank > 0, leave=False),
-                              batches):
-        x = data.normalize(batch["x"].to(device), recipe.mean, recipe.std)
-        with autocast():
-            logits = detector(x, batch["boxes"].to(device), batch["count"].to(device))
-        parts = logits.sigmoid().cpu().split(batch["count"].tolist())
-        scores += [(index, part.numpy()) for index, part in zip(indices, parts)]
-        unreadable += batch["unreadable"]
+    for items in tqdm(loader, desc=f"{view} view", disable=rank > 0, leave=False):
+        unreadable += [entry for item in items for entry in item["unreadable"]]
+        items = [item for item in items if "x" in item]
+        if items:
+            batch = collate(items)
+            x = data.normalize(batch["x"].to(device), recipe.mean, recipe.std)
+            with autocast():
+                logits = detector(x, batch["rois"].to(device))
+            parts = logits.sigmoid().cpu().split([len(item["boxes"]) for item in items])
+            scores += [(item["index"], part.numpy()) for item, part in zip(items, parts)]
     scores = dict(engine.gather_list(scores))
-    return [scores[i] for i in range(len(frames))], sorted(engine.gather_list(unreadable))
+    return [scores.get(i) for i in range(len(frames))], sorted(engine.gather_list(unreadable))
 
 
-def run_test(detector, recipe, frames, media, print0, view, every=1, stem=""):
-    """Detect, evaluate and print. With a stem, rank 0 writes STEM_<view>.csv and .json.
+def to_rows(frames, scores, classes):
+    """An array of ROW: every listed class of every box that has scores."""
+    parts, columns = [np.zeros(0, ROW)], [label - 1 for label in classes]
+    for frame, frame_scores in zip(frames, scores):
+        if frame_scores is not None:
+            part = np.zeros((len(frame.boxes), len(classes)), ROW)
+            part["key"] = f"{frame.movie},{frame.second:04d}"
+            part["box"], part["label"] = frame.boxes[:, None], list(classes)
+            part["score"] = frame_scores[:, columns]
+            parts.append(part.ravel())
+    return np.concatenate(parts)
 
-    every: only seconds that it divides (release: 4 during training).
-    Returns what the json holds, and "rows", [(frame, box, its 80 scores)].
-    """
+
+def evaluate(recipe, frames, scores, unreadable, view, every, stem):
+    """The results of a test, a dict for json. With a stem, write STEM_<view>.csv and .json."""
     names, truth, excluded = read_truth(recipe.data)
     truth = truth[[int(key[-4:]) % every == 0 for key in truth["key"]]]
-    frames = [frame for frame in frames if frame.second % every == 0]
-    scores, unreadable = detect(detector.eval(), frames, media, recipe, view)
-    rows = [(frame, box, row) for frame, boxes in zip(frames, scores)
-            for box, row in zip(frame.boxes, boxes)]
-    found = np.zeros((len(rows), len(names)), ROW)
-    for part, (frame, box, row) in zip(found, rows):
-        part["key"], part["box"], part["label"] = key_of(*frame[:2]), box, list(names)
-        part["score"] = row[[label - 1 for label in names]]
-    found = found.ravel()
+    found = to_rows(frames, scores, names)
+    counted = truth["label"][[key not in excluded for key in truth["key"]]]
     precisions = average_precisions(truth, found, names, excluded, recipe.match)
     known = {label: value for label, value in precisions.items() if not math.isnan(value)}
-    results = {"view": view, "match": recipe.match,
-               "mAP": sum(known.values()) / max(len(known), 1),
-               "per_class": {name: known.get(label) for label, name in names.items()},
-               "key_frames": len(frames), "boxes": len(rows), "unreadable": unreadable}
-    print0(f"{view} view, {len(rows)} boxes in {len(frames)} key frames, {len(unreadable)} "
-           f"unreadable: mAP@0.5 {100 * results['mAP']:.2f}")
-    if stem and (not dist.is_initialized() or dist.get_rank() == 0):
+    results = {
+        "view": view, "match": recipe.match,
+        "mAP": float(np.mean(list(known.values()))) if known else None,
+        "per_class": {name: [known.get(label), int((counted == label).sum())]
+                      for label, name in names.items()},
+        "key_frames": len(frames), "boxes": sum(len(s) for s in scores if s is not None),
+        "unreadable": [list(entry) for entry in unreadable]}
+    if stem:
         with open(f"{stem}_{view}.csv", "w") as f:
             for key, box, label, score in found:  # nine digits tell any float32
                 f.write(f"{key},{','.join(map(str, box))},{label},{score:.9g}\n")
         with open(f"{stem}_{view}.json", "w") as f:
             json.dump(results, f, indent=1)
-    return {**results, "rows": rows}
+    return results
 
 
-def draw_detections(rows, media, recipe, path):
-    """Write a picture of a key frame of a test. White: true boxes. Orange: scored ones."""
+def run_test(detector, recipe, frames, media, print0, view, every=1, stem=""):
+    """Detect, evaluate and print. With a stem, write STEM_<view>.csv and .json.
+
+    every: only seconds that it divides (release: 4 for validation during training).
+    Returns the content of the json, "frames" and "scores", the same on all ranks.
+    """
+    frames = [frame for frame in frames if frame.second % every == 0]
+    scores, unreadable = detect(detector.eval(), frames, media, recipe, view)
+    results = engine.from_rank0(evaluate, recipe, frames, scores, unreadable, view, every, stem)
+    classes = [(value, count, name) for name, (value, count) in results["per_class"].items()
+               if value is not None]
+    order = "file order, as officially" if recipe.match == "file" else "order of their scores"
+    print0(f"{view} view, {results['boxes']} boxes in {len(frames)} key frames"
+           f"{f' (every {every}th second)' if every > 1 else ''}: mAP@0.5 "
+           f"{percent(results['mAP'])} over {len(classes)} classes, matched in {order}")
+    for name, reason in unreadable:
+        print0(f"unreadable, its persons count as missed: {name}: {reason}")
+    if stem:
+        for value, count, name in sorted(classes, reverse=True):
+            print0(f"{percent(value):>8}  {name}, of {count}")
+        print0(f"wrote {stem}_{view}.csv, {stem}_{view}.json")
+    return {**results, "frames": frames, "scores": scores}
+
+
+def percent(share):
+    return "unknown" if share is None else f"{100 * share:.2f}"
+
+
+def draw_detections(results, media, recipe, path, count=6, height=240):
+    """Write a picture of `count` of the tested key frames.
+
+    White: true boxes. Color: the classified boxes with their two best classes, green if a true box
+    of an IoU of 0.5 or more has the class, else orange.
+    """
     names, truth, _ = read_truth(recipe.data)
-    shown = rows[len(rows) // 2][0]
-    clip, _ = read_clip(replace(recipe, num_frames=1), media[shown.movie], shown, (480, 480))
-    picture = Image.fromarray(clip[0].permute(1, 2, 0).numpy())
-    pen, size = ImageDraw.Draw(picture), np.array(picture.size * 2)
-    for box in truth["box"][truth["key"] == key_of(*shown[:2])]:
-        pen.rectangle((box * size).tolist(), outline="white")
-    for box, row in [(box * size, row) for frame, box, row in rows if frame is shown]:
-        best = max(names, key=lambda label: row[label - 1])
-        pen.rectangle(box.tolist(), outline="orange", width=2)
-        pen.text(box[:2].tolist(), f" {names[best]} {100 * row[best - 1]:.0f}%", "orange")
-    picture.save(path)
+    read = [(f, s) for f, s in zip(results["frames"], results["scores"]) if s is not None]
+    read, pictures = read[::max(len(read) // count, 1)][:count], []
+    font = ImageFont.load_default(13)
+    style = {"font": font, "stroke_width": 2, "stroke_fill": "black"}
+    for frame, scores in read:
+        x, _ = read_clip(media[frame.movie], frame, 1, 1, recipe.movie_start, height, recipe.data)
+        picture = Image.fromarray(x[0].permute(1, 2, 0).numpy())
+        pen, size = ImageDraw.Draw(picture), np.array(picture.size * 2)
+        true = truth[truth["key"] == f"{frame.movie},{frame.second:04d}"]
+        for box in true["box"]:
+            pen.rectangle((box * size).tolist(), outline="white")
+        for box, row in zip(frame.boxes, scores):
+            right = set(true["label"][box_iou(true["box"], box[None])[:, 0] >= 0.5])
+            corners = (box * size).tolist()
+            for line, label in enumerate(sorted(names, key=lambda label: -row[label - 1])[:2]):
+                color = "lime" if label in right else "orange"
+                if line == 0:
+                    pen.rectangle(corners, outline=color, width=2)
+                text = f"{names[label]} {100 * row[label - 1]:.0f}%"
+                left = min(corners[0] + 3, picture.width - font.getlength(text))
+                pen.text((left, corners[1] + 2 + 14 * line), text, color, **style)
+        pen.text((4, height - 18), f"{frame.movie}, {frame.second} s", "white", **style)
+        pictures.append(picture)
+    width = max(picture.width for picture in pictures)
+    sheet = Image.new("RGB", (min(3, len(pictures)) * width, -(-len(pictures) // 3) * height))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % 3 * width, i // 3 * height))
+    sheet.save(path)
 
 
-def dry_run(recipe):
-    """Print parameters, FLOPs and output grid."""
-    shape = (1, 3, recipe.num_frames, *recipe.image_size)
+# ------------------------------------------------------------------------------------------- main
+
+def dry_run(recipe, device, print0):
+    """Print parameters and FLOPs. On a GPU, also memory and time of a training step."""
+    shape = (3, recipe.num_frames, *recipe.image_size)
     with torch.device("meta"):
-        model = Detector(recipe).model
-        _, grid = model.encode(*model.embed(torch.empty(shape)))
-    cost = count_flops(model, shape)
-    print(f"{cost['parameters']:,} parameters, {cost['flops'] / 1e9:.2f} GFLOPs per clip, "
-          f"output grid {'x'.join(map(str, grid))}")
+        model = build(recipe).model
+        _, grid = model.encode(*model.embed(torch.empty(1, *shape)))
+    cost = count_flops(model, (1, *shape))
+    print0(f"{recipe.model}, expand={recipe.expand}: {cost['parameters']:,} parameters, "
+           f"{cost['flops'] / 1e9:.2f} GFLOPs per clip, output grid {'x'.join(map(str, grid))}")
+    if device.type != "cuda":
+        return print0("no GPU: memory and time of a training step are not measured")
+    _, autocast, _ = engine.mixed_precision(recipe.amp, device)
+    detector = build(recipe).to(device).train()
+    optimizer = engine.make_optimizer(detector.model, recipe)
+    x = torch.randn(recipe.device_batch, *shape, device=device)
+    rois = torch.tensor([[i, 0, 0, *shape[2:]] for i in range(len(x))] * 3, device=device)
+    for _ in range(2):  # the first step is slower than others
+        start = time.perf_counter()
+        with autocast():
+            loss = detector(x, rois).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.cuda.synchronize()
+    print0(f"a step of {len(x)} clips on {torch.cuda.get_device_name()}: "
+           f"{engine.peak_memory(device):.2f} GiB at most, {time.perf_counter() - start:.2f} s")
 
 
-def load_for_test(recipe, overrides):
+def load_for_test(recipe, overrides, print0):
     """(recipe, detector) of the checkpoint recipe.eval. Flags that were given come first."""
     stored = foreign_recipe(engine.read_checkpoint(recipe.eval))
-    recipe = replace(recipe, **{key: stored[key] for key in TEST_FIELDS
+    if stored.get("num_classes") != CLASSES:
+        raise ValueError(f"--eval {recipe.eval} has {stored.get('num_classes') or 'no'} classes, "
+                         f"not {CLASSES}: use it for --init")
+    recipe = replace(recipe, **{key: stored[key] for key in MODEL_FIELDS
                                 if key in stored and key not in overrides})
-    detector = Detector(replace(recipe, drop_path=0.0, dropout=0.0))
-    if fresh := load_weights(detector.model, recipe.eval, verbose=False)["fresh"]:
-        raise ValueError(f"--eval {recipe.eval} lacks {', '.join(fresh)}: use it for --init")
+    if not recipe.data:
+        raise ValueError("--data DIR is required")
+    detector = build(replace(recipe, drop_path=0.0, dropout=0.0))
+    report = load_weights(detector.model, recipe.eval, verbose=False)
+    if report["fresh"]:
+        raise ValueError(f"--eval {recipe.eval} lacks {', '.join(report['fresh'])}")
+    print0(f"{recipe.eval}: "
+           + ", ".join(f"{key}={getattr(recipe, key)}" for key in MODEL_FIELDS))
     return recipe, detector
 
 
 def main():
     name, recipe, overrides = engine.parse_recipe(RECIPES, __doc__)
     check(recipe)
-    if recipe.dry_run:
-        return dry_run(recipe)
     rank, world, device = engine.init_distributed()
     print0 = tqdm.write if rank == 0 else lambda line: None
     if recipe.eval:
-        recipe, detector = load_for_test(recipe, overrides)
-    if not recipe.data:
+        recipe, detector = load_for_test(recipe, overrides, print0)
+    if device.type == "cpu" and "device_batch" not in overrides and recipe.model != "mvit_tiny":
+        recipe = replace(recipe, device_batch=1)  # faster on a CPU, and smaller
+    if recipe.dry_run:
+        return dry_run(recipe, device, print0)
+    if not recipe.data and not recipe.eval:
         folder = synthetic.make_dataset("data/synthetic_ava", print0=print0, what="movies")
         recipe = replace(recipe, data=folder, movie_start=float(synthetic.MOVIE_START))
     if not recipe.eval:
@@ -675,8 +868,9 @@ def main():
     frames, media = find_key_frames(recipe, "val", print0)
     results = run_test(detector.to(device), recipe, frames, media, print0, recipe.view,
                        stem=os.path.splitext(recipe.eval)[0])
-    if recipe.draw and rank == 0 and results["rows"]:
-        draw_detections(results["rows"], media, recipe, recipe.draw)
+    if recipe.draw and rank == 0:
+        draw_detections(results, media, recipe, recipe.draw)
+        print0(f"wrote {recipe.draw}")
 
 
 if __name__ == "__main__":

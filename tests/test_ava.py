@@ -1,9 +1,15 @@
 """ava.py: RoIAlign, boxes, head and mAP against golden figures, the data, and the script."""
+import contextlib
+import io
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+
+import engine
+from engine import read_checkpoint
 
 import numpy as np
 import pytest
@@ -12,30 +18,40 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, ROOT, golden_input
 from PIL import Image
-from runs import assert_same_weights, log_of, read_checkpoint, run_well
+from runs import assert_same_weights, log_of
 
 import ava
 import video
 from models import build_classifier
+from tools import synthetic
 
+# ------------------------------------------------------------------------------------------ golden
 
 @pytest.mark.parametrize("scale", [32, 16])
 @pytest.mark.parametrize("ratio", [0, 2])
 def test_roi_align_golden(golden, scale, ratio):
     z = golden("ava_roi_align.npz")
-    features = np.random.default_rng(7).standard_normal((2, 5, 10, 18), dtype=np.float32)
-    out = ava.roi_align(*map(torch.from_numpy, (features, z["rois"])), 1 / scale, ratio=ratio)
+    rng = np.random.default_rng(7)
+    features = torch.from_numpy(rng.standard_normal((2, 5, 10, 18), dtype=np.float32))
+    assert features.double().sum().item() == pytest.approx(float(z["feat_sum"]), abs=1e-4)
+    out = ava.roi_align(features, torch.from_numpy(z["rois"]), 1 / scale, ratio=ratio).numpy()
     np.testing.assert_allclose(out, z[f"out_s{scale}_sr{ratio}"], rtol=0, atol=5e-6)
-    assert ratio or not out[[3, 4, 5, 15]].any()              # empty and inverted boxes: exactly 0
+    if ratio == 0:                                            # empty and inverted boxes: exactly 0
+        assert not out[[3, 4, 5, 15]].any()
 
 
 @pytest.mark.parametrize("ratio", [0, 2])
 def test_roi_align_gradient(ratio):
+    """Against finite differences; and no gradient outside of what the boxes see."""
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(2, 1, 3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
-    rois = torch.tensor([[0, 3, 5, 90, 70], [1, -40, 20, 60, 90], [1, 10, 10, 10, 50]]).double()
-    align = lambda f: ava.roi_align(f, rois, 1 / 32, bins=2, ratio=ratio)
+    features = torch.randn(2, 1, 4, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    rois = torch.tensor([[0, 3, 5, 90, 70], [1, -40, 20, 60, 300], [1, 10, 10, 10, 50]]).double()
+    align = lambda f: ava.roi_align(f, rois, 1 / 32, bins=3, ratio=ratio)
     assert torch.autograd.gradcheck(align, features)
+    rois = torch.tensor([[1, 0, 0, 20, 20]], dtype=torch.float64)
+    grad, = torch.autograd.grad(align(features).sum(), features)
+    assert grad[0].abs().max() == 0 and grad[1, :, 0, 0].min() > 0
+    assert grad[1, :, 2:].abs().max() == 0
     assert ava.roi_align(features, rois[:0], 1 / 32).shape == (0, 1, 7, 7)
 
 
@@ -43,11 +59,11 @@ def test_roi_align_gradient_repeats(two_threads):
     """Boxes of one clip share cells: their gradients are summed in one order on many threads."""
     torch.manual_seed(0)
     features = torch.randn(4, 14, 14, 768).permute(0, 3, 1, 2).requires_grad_()
-    boxes = torch.rand(40, 4) * 100 + torch.tensor([0, 0, 100, 100])
-    rois = torch.cat([torch.arange(40)[:, None] % 4, boxes], dim=1)
-    loss = ava.roi_align(features, rois, 1 / 16).square().sum()
-    first, *others = (torch.autograd.grad(loss, features, retain_graph=True)[0] for _ in range(6))
-    assert all(torch.equal(first, other) for other in others)
+    corners = torch.rand(40, 2) * 100
+    rois = torch.cat([torch.arange(40)[:, None] % 4, corners, corners + 50], dim=1)
+    gradients = [torch.autograd.grad(ava.roi_align(features, rois, 1 / 16).square().sum(),
+                                     features)[0] for _ in range(10)]
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
 def test_transform_boxes_golden():
@@ -61,8 +77,9 @@ def test_transform_boxes_golden():
             rng = np.random.RandomState(case["seed"])
             (w, h), side, (low, high) = case["resized_wh"], case["crop"], case["jitter"]
             assert min(w, h) == round(1 / rng.uniform(1 / high, 1 / low))
-            crop = (rng.randint(0, h - side), rng.randint(0, w - side), side, side)
-            flip = case["flipped"]
+            top, left = rng.randint(0, h - side), rng.randint(0, w - side)
+            crop, flip = (top, left, side, side), rng.uniform() < 0.5
+            assert flip == case["flipped"]
         else:
             (w, h), side, flip = sizes[case["size"]], case["size"], False
             crop = (-(-(h - side) // 2), -(-(w - side) // 2), side, side)
@@ -70,8 +87,21 @@ def test_transform_boxes_golden():
         found = ava.transform_boxes(boxes, (H, W), (h, w), crop, flip, per_axis=False)
         # the release scales by w / W in tests, by w and 1 / W in training: the last bit differs
         np.testing.assert_allclose(found, np.array(case["boxes"]), rtol=0, atol=2e-13)
-    found = ava.transform_boxes(boxes.clip(0, 0.9), (100, 200), (50, 77), (0, 0, 50, 77))
-    np.testing.assert_allclose(found, boxes.clip(0, 0.9) * [77, 50, 77, 50], rtol=1e-12)
+
+
+def test_transform_boxes_per_axis_and_flip():
+    """A box keeps its share of the picture. Flipped twice it is itself. Outside it has no area."""
+    boxes = np.array([[0.1, 0.2, 0.5, 0.6], [0.0, 0.3, 0.2, 0.9], [0.9, 0.9, 0.95, 0.95]])
+    found = ava.transform_boxes(boxes, (100, 200), (50, 77), (0, 0, 50, 77))
+    np.testing.assert_allclose(found, boxes * [77, 50, 77, 50], rtol=1e-12)
+    once, plain = (ava.transform_boxes(boxes, (100, 200), (100, 200), (10, 20, 60, 100), flip=flip)
+                   for flip in (True, False))
+    np.testing.assert_allclose(99 - once[:, [2, 0]], plain[:, [0, 2]], atol=1e-12)
+    assert np.prod(plain[:, 2:] - plain[:, :2], axis=1)[2] == 0
+    assert (plain[:2, 2:] > plain[:2, :2]).all()
+
+
+MAP = GOLDEN / "ava_map"
 
 
 @pytest.mark.parametrize("result, name, excluded, match", [
@@ -79,35 +109,36 @@ def test_transform_boxes_golden():
     ("detections_shuffled", "detections_shuffled", True, "file"),
     ("detections_no_exclusion", "detections", False, "file"),
     ("detections_ties_stable_then_reversed", "detections_ties", True, "file"),
-    ("", "detections_shuffled", True, "score")])
-def test_mean_average_precision_golden(tmp_path, result, name, excluded, match):
-    golden = GOLDEN / "ava_map"
-    for table, file in (("actions", "label_map.pbtxt"), ("truth", "groundtruth.csv"),
-                        ("excluded", "excluded_timestamps.csv")):
-        shutil.copy(golden / file, tmp_path / ava.TABLES[table][0].format("val"))
-    names, truth, keys = ava.read_truth(tmp_path)
-    found = ava.read_boxes(golden / f"{name}.csv", scored=True)
-    precisions = ava.average_precisions(truth, found, names, keys if excluded else (), match)
+    ("", "detections", True, "score"), ("", "detections_shuffled", True, "score")])
+def test_mean_average_precision_golden(result, name, excluded, match):
+    """Best score first, the order of the file does not matter. Figure: golden data's README."""
+    names = ava.read_label_map(MAP / "label_map.pbtxt")
+    truth, found = (ava.read_boxes(MAP / f"{file}.csv", file == name)
+                    for file in ("groundtruth", name))
+    keys = ava.read_excluded(MAP / "excluded_timestamps.csv") if excluded else ()
+    precisions = ava.average_precisions(truth, found, names, keys, match)
     mean = np.nanmean(list(precisions.values()))
     if match == "score":
         assert mean == pytest.approx(0.305928, abs=5e-7)
         return
-    expected = json.load(open(golden / "expected.json"))["results"][result]
+    expected = json.load(open(MAP / "expected.json"))["results"][result]
+    assert [names[label] for label in precisions] == list(expected["AP"])
     np.testing.assert_allclose(list(precisions.values()), np.array(
         list(expected["AP"].values()), float), rtol=0, atol=1e-12)
     assert mean == pytest.approx(expected["mAP"], abs=1e-12)
 
 
 @pytest.mark.slow
-def test_detection_head_golden(golden, released, capsys):
-    """Features, logits, loss and gradients of MViTv2-S, from a file of the release."""
+def test_detection_head_golden(golden, released):
+    """Features, logits, loss and gradients of MViTv2-S on boxes, from a file of the release."""
     z = golden("ava_det_head.npz")
     recipe = ava.replace(ava.AVA, eval=released("mvitv2_s_detection"), data="somewhere")
-    recipe, detector = ava.load_for_test(recipe, {"data"})
-    ava.dry_run(recipe)
-    assert "36,229,040 parameters, 71.41 GFLOPs" in capsys.readouterr().out        # Table 3
+    recipe, detector = ava.load_for_test(recipe, {"data"}, lambda line: None)
+    assert (recipe.model, recipe.image_size, recipe.num_frames, recipe.expand) == (
+        "mvitv2_s", (224, 224), 16, "mlp")
+    assert sum(p.numel() for p in detector.eval().parameters()) == 36_229_040
     rois = torch.from_numpy(z["b1_boxes"])
-    features = detector.eval().feature_map(golden_input((1, 3, 16, 224, 224)))  # (1, 768, 7, 7)
+    features = detector.feature_map(golden_input((1, 3, 16, 224, 224)))       # (1, 768, 7, 7)
 
     def near(found, name):
         np.testing.assert_allclose(found.detach(), z[name], rtol=0, atol=1e-5)
@@ -135,137 +166,183 @@ def test_detection_head_golden(golden, released, capsys):
     assert total.item() == pytest.approx(float(z["grad_total_norm"]), rel=1e-4)
 
 
-TINY = ava.replace(ava.AVA, model="mvit_tiny", image_size=(32, 32), num_frames=4, sampling_rate=2,
-                   jitter=(32, 40), workers=0, checkpointing=False, drop_path=0.0)
+TINY = dict(model="mvit_tiny", image_size=(32, 32), num_frames=4, sampling_rate=2, workers=0,
+            jitter=(32, 40), checkpointing=False, drop_path=0.0, data="", movie_start=901.0)
 
 
-@pytest.mark.parametrize("count, width", [(0, 32), (1, 32), (700, 56)])
-def test_any_number_of_boxes(count, width):
+@pytest.mark.parametrize("count", [0, 1, 700])
+def test_any_number_of_boxes(count):
     """Every parameter gets a finite gradient, zero without boxes. Maps need no fixed size."""
-    detector = ava.Detector(TINY).train()
-    boxes = torch.rand(count, 4) * 30 + torch.tensor([0, 0, 10.0, 10])
-    counts = torch.tensor([count // 3, count - count // 3])
-    logits = detector(torch.randn(2, 3, 4, 32, width), boxes, counts)
-    assert logits.shape == (count, 80)
-    logits.square().sum().backward()
-    grads = [p.grad for p in detector.parameters()]
-    assert all(grad is not None and torch.isfinite(grad).all() for grad in grads)
-    assert all((grad != 0).any() for grad in grads[-2:]) == (count > 0)
+    torch.manual_seed(0)
+    detector = ava.build(ava.replace(ava.AVA, **TINY)).train()
+    rois = torch.rand(count, 5) * 30 + torch.tensor([0, 0, 0, 10.0, 10])
+    rois[:, 0] = torch.randint(2, (count,))
+    for shape in ((2, 3, 4, 32, 32), (2, 3, 4, 32, 56)):
+        detector.zero_grad()
+        logits = detector(torch.randn(shape), rois)
+        assert logits.shape == (count, 80)
+        F.binary_cross_entropy_with_logits(
+            logits, torch.zeros_like(logits), reduction="sum").backward()
+        grads = [p.grad for p in detector.parameters()]
+        assert all(grad is not None and torch.isfinite(grad).all() for grad in grads)
+        assert all((grad != 0).any() for grad in grads[-2:]) == (count > 0)
 
 
-@pytest.mark.parametrize("classes", [12, 80])
-def test_starting_weights(tmp_path, classes):
-    """From a classifier of other classes only the head is new. A detector is taken over whole."""
-    stored = {**ava.model_recipe(TINY), "num_classes": classes}
-    model, detector, path = build_classifier(stored), ava.Detector(TINY), str(tmp_path / "a.pt")
-    torch.save({"model": model.state_dict(), "recipe": stored}, path)
-    new = detector.model.head.projection.weight.clone() * TINY.head_init_scale
-    ava.start_weights(detector, ava.replace(TINY, init=path), lambda line: None)
-    new = new if classes == 12 else model.head.projection.weight
-    assert torch.equal(detector.model.head.projection.weight, new)
-    assert torch.equal(detector.model.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+# --------------------------------------------------------------------------------------------- data
+
+@pytest.fixture(scope="session")
+def movies(tmp_path_factory):
+    """2 training and 2 validation movies in AVA's layout, with 6 key frames each."""
+    folder = tmp_path_factory.mktemp("ava")
+    code = ("import sys; from tools import synthetic\n"
+            "synthetic.MOVIES = {'train': 2, 'val': 2}\n"
+            "synthetic.write_movies(sys.argv[1], 0)")
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=ROOT)
+    return folder
+
+
+def changed(movies, tmp_path, **tables):
+    """A copy of the set with lines added to some tables."""
+    shutil.copytree(movies / "annotations", tmp_path / "annotations")
+    (tmp_path / "videos").symlink_to(movies / "videos")
+    for name, lines in tables.items():
+        with open(tmp_path / "annotations" / f"ava_{name}.csv", "a") as f:
+            f.writelines(line + "\n" for line in lines)
+    return tmp_path
 
 
 def find(folder, split, **more):
-    lines = []
-    recipe = ava.replace(TINY, data=str(folder), **more)
-    frames, _ = ava.find_key_frames(recipe, split, lines.append)
-    return frames, [[np.flatnonzero(row).tolist() for row in f.targets] for f in frames], lines
+    recipe, lines = ava.replace(ava.AVA, **{**TINY, "data": str(folder), **more}), []
+    frames, media = ava.find_key_frames(recipe, split, lines.append)
+    return frames, media, "\n".join(lines)
 
 
-def test_rows(tmp_path):
-    """Equal boxes are one, with all labels. Rows that cannot be used are counted, not fatal."""
-    good, box = "a,0902,0.1,0.2,0.3,0.4,", "0.1,0.2,0.3,0.4,1,0.9"
-    bad = [f"a,0901,{box}", f"a,1799,{box}", f"nowhere,0902,{box}", good + "81,0.9", good + "0,0.9",
-           "a,0902,0.3,0.2,0.1,0.4,1,0.9", "a,0902,0.3,nan,0.1,0.4,1,0.9"]
-    tables = {"train_v2.2": [good + "3,7", "a,903,0.5,0.5,0.6,0.6,80,8"],
-              "train_predicted_boxes": [good + "7,0.85", good + "-1,0.9", good + ",0.9",
-                                        good + "9,0.5", "a,0902,0.1,0.2,0.3,0.5,,0.95", *bad],
-              "val_predicted_boxes": [good + "1,0.8", good + "2,0.79"]}
-    (tmp_path / "videos" / "sub").mkdir(parents=True)
-    (tmp_path / "videos" / "sub" / "a.mkv").touch()
-    for name, lines in tables.items():
-        (tmp_path / f"ava_{name}.csv").write_text("\n".join(lines) + "\n")
-    frames, labels, said = find(tmp_path, "train")
-    assert [frame[:2] for frame in frames] == [("a", 902), ("a", 903)]
-    assert frames[0].boxes.tolist() == [[0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.5]]
-    assert labels == [[[2, 6], []], [[79]]] and "7 rows" in said[0] and "a,0901" in said[0]
-    assert find(tmp_path, "train", predicted=False)[1] == [[[2]], [[79]]]
-    assert find(tmp_path, "val")[1:] == ([[[0]]], [])
-    (tmp_path / "ava_val_predicted_boxes.csv").write_text("a,0902,0.1\n")
-    with pytest.raises(ValueError, match="line 1.*a,0902,0.1"):
-        find(tmp_path, "val")
+def test_clip_around_the_key_frame():
+    for num_frames, stride, offsets in ((40, 3, range(-60, 58, 3)), (16, 4, range(-32, 29, 4))):
+        assert ava.clip_offsets(num_frames, stride) == offsets and offsets[num_frames // 2] == 0
+
+
+def test_rows_that_cannot_be_used_are_counted_and_named(movies, tmp_path):
+    before, _, silence = find(movies, "train")
+    assert silence == ""
+    good, box = "train_000,0902,0.1,0.2,0.3,0.4,", "0.1,0.2,0.3,0.4,1,0.9"
+    rows = [*(good + end for end in ("3,0.95", "7,0.85", "-1,0.9", ",0.9", "9,0.5")),  # one box
+            "train_000,902,0.10,0.2,0.3,0.4,5,0.95",                # written otherwise: another box
+            f"train_000,0901,{box}", f"train_000,1799,{box}", f"nowhere,0902,{box}",
+            "train_000,0902,0.3,0.2,0.1,0.4,1,0.9", "train_000,0902,0.3,nan,0.1,0.4,1,0.9",
+            good + "81,0.9", good + "0,0.9", "train_000,0902,0.1", "video,second,x,y,x,y,a,b"]
+    folder = changed(movies, tmp_path, train_predicted_boxes=rows)
+    frames, _, said = find(folder, "train")
+    assert [frame[:2] for frame in frames] == [frame[:2] for frame in before]
+    assert np.array_equal(frames[0].boxes, [*before[0].boxes, *[(0.1, 0.2, 0.3, 0.4)] * 2])
+    assert [np.flatnonzero(row).tolist() for row in frames[0].targets[-2:]] == [[2, 6], [4]]
+    assert ava.fingerprint_of(frames[1:]) == ava.fingerprint_of(before[1:])
+    for words in ("2 rows left out, second outside 902 to 1798", "2 rows left out, box inverted",
+                  "2 rows left out, class outside 1 to 80", "2 rows left out, not video",
+                  "1 rows left out, movie missing", "nowhere"):
+        assert words in said, words
+    assert find(folder, "train", box_score=0.4)[0][0].targets[:, 8].any()
+    truth = {}                                                      # the true boxes of key frames
+    for row in (line.split(",") for line in open(folder / "annotations" / "ava_train_v2.2.csv")):
+        truth.setdefault((row[0], row[1]), {})[tuple(map(float, row[2:6]))] = None
+    only = find(folder, "train", predicted=False)[0]
+    assert [list(map(tuple, f.boxes)) for f in only] == [list(boxes) for boxes in truth.values()]
+    val, path = find(movies, "val")[0], movies / "annotations" / "ava_val_predicted_boxes.csv"
+    rows = [row for row in (line.split(",") for line in open(path)) if float(row[7]) >= 0.8]
+    assert [(f.movie, f.second, *box) for f in val for box in f.boxes] == list(dict.fromkeys(
+        (row[0], int(row[1]), *map(float, row[2:6])) for row in rows))
+    with pytest.raises(ValueError, match="no box"):
+        find(folder, "val", box_score=1.0)
     with pytest.raises(FileNotFoundError, match="ava_val_predicted_boxes.csv"):
-        find(tmp_path / "videos", "val")
-
-
-def still(folder, picture, boxes, **more):
-    """clips(view) of one key frame: second 902 of a still movie, in frames on disk."""
-    (folder / "frames").mkdir()
-    Image.fromarray(picture).save(folder / "frames" / "only.png")
-    frame = ava.KeyFrame("movie", 902, np.array(boxes), np.ones((len(boxes), 80), bool))
-    recipe = ava.replace(TINY, data=str(folder), **more)
-    return lambda view, **change: ava.Clips(
-        [frame], {"movie": np.array([b"only.png"] * 100)}, ava.replace(recipe, **change), view)
+        find(tmp_path / "nothing", "val")
 
 
 def test_boxes_follow_the_pixels(tmp_path):
     """A white person on black, through jitter, crop and flip: the box is where the white is."""
+    (tmp_path / "frames").mkdir()
     picture = np.zeros((64, 96, 3), np.uint8)
     picture[20:44, 50:80] = 255
-    clips = still(tmp_path, picture, [[50 / 96, 20 / 64, 80 / 96, 44 / 64]], jitter=(40, 80))
-    counts = set()
+    Image.fromarray(picture).save(tmp_path / "frames" / "only.png")
+    boxes = np.array([[50 / 96, 20 / 64, 80 / 96, 44 / 64]])
+    frame = ava.KeyFrame("movie", 902, boxes, np.zeros((1, 80), bool))
+    recipe = ava.replace(ava.AVA, **{**TINY, "data": str(tmp_path), "jitter": (40, 80)})
+    clips = ava.Clips([frame], {"movie": np.array([b"only.png"] * 100)}, recipe, "train")
+    kept = 0
     for epoch in range(30):
-        item, released = clips("train")[epoch, 0], clips("train", drop_empty=False)[epoch, 0]
-        white = np.argwhere(item["x"][0, 0, 1].numpy() > 127)
-        assert item["x"].shape == (1, 3, 4, 32, 32) and torch.equal(item["x"], released["x"])
-        assert len(item["boxes"]) == len(item["targets"]) == (len(white) > 0)
-        assert len(released["boxes"]) == 1
+        item = clips[epoch, 0]
+        white = np.argwhere(item["x"][0, 1].numpy() > 127)
+        assert (len(item["boxes"]) == 1) == (len(white) > 0), epoch
         if len(white):
             (y1, x1), (y2, x2) = white.min(axis=0), white.max(axis=0)
             np.testing.assert_allclose(item["boxes"][0], [x1, y1, x2, y2], atol=1.6)
-        counts.add(len(item["boxes"]))
-    assert counts == {0, 1}
+            kept += 1
+    assert 10 < kept < 30
 
 
-def test_views(tmp_path):
-    """The center view is a part of the full one. An unreadable clip of a test has no box."""
-    picture = np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8)
-    clips = still(tmp_path, picture, [[0.1, 0.2, 0.5, 0.6], [0.0, 0.3, 0.9, 0.9]])
-    full = clips("full", image_size=(120, 160))[0]
-    center = clips("center", image_size=(120, 120))[0]
+def test_views_and_empty_boxes(movies):
+    """Some crops leave no box. The release keeps it. The center view is a part of the full one."""
+    frames, media, _ = find(movies, "train", predicted=False)
+    recipe = ava.replace(ava.AVA, **{**TINY, "data": str(movies), "jitter": (40, 120)})
+    dropped, kept = (ava.Clips(frames, media, ava.replace(recipe, drop_empty=drop), "train")
+                     for drop in (True, False))
+    counts = set()
+    for epoch in range(6):
+        few, whole, again = dropped[epoch, 0], kept[epoch, 0], dropped[epoch, 0]
+        assert few["x"].shape == (3, 4, 32, 32) and torch.equal(few["x"], whole["x"])
+        assert torch.equal(few["x"], again["x"]) and torch.equal(few["boxes"], again["boxes"])
+        boxes = whole["boxes"]
+        assert len(boxes) == len(frames[0].boxes) and boxes.min() >= 0 and boxes.max() <= 31
+        full = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        assert torch.equal(few["boxes"], boxes[full])
+        assert torch.equal(few["targets"], whole["targets"][full])
+        assert (few["targets"].sum(1) == 2).all()
+        counts.add(len(few["boxes"]))
+    assert len(counts) > 1
+    full = ava.Clips(frames, media, ava.replace(recipe, image_size=(120, 160)), "full")[0]
+    center = ava.Clips(frames, media, ava.replace(recipe, image_size=(120, 120)), "center")[0]
+    assert full["x"].shape == (3, 4, 120, 160)
     assert torch.equal(center["x"], full["x"][..., 20:140])
-    shifted = full["boxes"] - np.float32([20, 0, 20, 0])
-    np.testing.assert_allclose(center["boxes"], shifted.clip(0, 119), atol=1e-4)
-    (tmp_path / "frames" / "only.png").unlink()
-    item = clips("center")[0]
-    assert "902" in item["unreadable"][0][0] and item["count"] == [len(item["boxes"])] == [0]
+    shifted = full["boxes"] - torch.tensor([20.0, 0, 20, 0])
+    assert torch.allclose(center["boxes"], shifted.clamp(0, 119))
 
 
-def test_clip_around_the_key_frame(tmp_path, monkeypatch):
-    """Frame i on disk is gray of i. Of a movie, the same moments are read."""
+def test_movies_and_frames_on_disk_agree(tmp_path):
+    """The clip around second 902 of a movie from 900 on, and of its frames. Frame i is gray of
+    37i % 256. A process of its own encodes it, since the workers of other tests fork."""
+    code = ("import sys, numpy as np; from tools import synthetic\n"
+            "gray = (37 * np.arange(110) % 256).astype(np.uint8)[:, None, None, None]\n"
+            "synthetic.write_video(sys.argv[1], np.broadcast_to(gray, (110, 48, 64, 3)))")
+    path = str(tmp_path / "movie.mp4")
+    subprocess.run([sys.executable, "-c", code, path], check=True, cwd=ROOT)
     (tmp_path / "frames" / "movie").mkdir(parents=True)
     (tmp_path / "frame_lists").mkdir()
-    lines = ["header\n"]
-    for i in reversed(range(130)):
-        lines.append(f'movie 0 0 movie/movie_{i + 1:06d}.png ""\n')
-        Image.new("RGB", (64, 48), (i, i, i)).save(tmp_path / "frames" / lines[-1].split()[3])
-    (tmp_path / "frame_lists" / "train.csv").write_text("".join(lines))
-    media = ava.find_media(tmp_path, "train")["movie"]
-    frame, late = (ava.KeyFrame("movie", second, None, None) for second in (902, 905))
-    monkeypatch.setattr(video, "read_moments", lambda path, times, min_size: times)
-    monkeypatch.setattr(video, "picture_size", lambda path: (48, 64))
-    for length, rate in ((8, 4), (40, 3), (16, 4)):           # the last two: release
-        recipe = ava.replace(TINY, data=str(tmp_path), num_frames=length, sampling_rate=rate,
-                             movie_start=900.0)
-        places = list(range(60 - length * rate // 2, 60 + length * rate // 2, rate))
-        x, size = ava.read_clip(recipe, media, frame, (24, 32))
-        assert x.shape[1:] == (3, 24, 32) and size == (48, 64) and x[:, 0, 0, 0].tolist() == places
-        times, _ = ava.read_clip(recipe, "movie.mp4", frame, (24, 32))
-        assert times == pytest.approx([place / 30 for place in places])
-        with pytest.raises(video.UnreadableFile, match="second 905.*wanted"):
-            ava.read_clip(recipe, media, late, (24, 32))
+    names = [f"movie/movie_{i:06d}.png" for i in range(1, 111)]
+    for i, name in enumerate(names):
+        Image.new("RGB", (64, 48), (37 * i % 256,) * 3).save(tmp_path / "frames" / name)
+    with open(tmp_path / "frame_lists" / "train.csv", "w") as f:
+        f.write("original_vido_id video_id frame_id path labels\n")
+        f.writelines(f'movie 0 0 {name} ""\n' for name in reversed(names))
+    args = 8, 4, 900.0, (24, 32), str(tmp_path)
+    listed = ava.find_media(str(tmp_path), "train")["movie"]
+    for media, tolerance in ((path, 4), (listed, 0)):                     # coding has losses
+        x, size = ava.read_clip(media, ava.KeyFrame("movie", 902, None, None), *args)
+        assert x.shape == (8, 3, 24, 32) and size == (48, 64)
+        gray = [37 * (60 + offset) % 256 for offset in range(-16, 13, 4)]
+        np.testing.assert_allclose(x.float().mean((1, 2, 3)), gray, rtol=0, atol=tolerance)
+        with pytest.raises(video.UnreadableFile, match="second 904.*wanted"):
+            ava.read_clip(media, ava.KeyFrame("movie", 904, None, None), *args)
 
+
+def test_synthetic_movies():
+    """The same from the same seed, with boxes of two classes."""
+    (movie, truth), (again, _) = (synthetic.draw_movie(np.random.default_rng(5)) for _ in "ab")
+    assert movie.shape == (120, 120, 160, 3) and np.array_equal(movie, again)
+    assert {second for second, *_ in truth} == {902, 903, 904}
+    assert all(0 <= min(box) < max(box) <= 1 and labels[0] in (1, 2, 3, 4)
+               and labels[1] in (11, 12, 13) for _, box, labels, _ in truth)
+
+
+# --------------------------------------------------------------------------------------- the script
 
 # 8 key frames, one per step, so 32 steps. 2 key frames have no box left, one has 300 more.
 FLAGS = ["--movie-start", 901, "--image-size", 32, "--jitter", 32, 48, "--frames", 4,
@@ -274,37 +351,57 @@ FLAGS = ["--movie-start", 901, "--image-size", 32, "--jitter", 32, 48, "--frames
 
 
 @pytest.fixture(scope="session")
-def movies(tmp_path_factory):
-    """2 training and 2 validation movies in AVA's layout, with odd boxes in the training ones."""
-    folder = tmp_path_factory.mktemp("ava")
-    code = ("import sys; from tools import synthetic\n"
-            "synthetic.MOVIES = {'train': 2, 'val': 2}\n"
-            "synthetic.write_movies(sys.argv[1], 0)")
-    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=ROOT)
-    with open(folder / "annotations" / "ava_train_predicted_boxes.csv", "a") as f:
-        f.writelines(f"train_001,0903,0.{i},0.1,0.{i + 100},0.9,{i % 7 + 1},0.9\n"
-                     for i in range(100, 400))
-    with open(folder / "annotations" / "ava_train_v2.2.csv", "a") as f:
-        f.writelines(f"train_00{i},0905,0.5,0.2,0.5,0.4,1,0\n" for i in range(2))
-    return folder
+def script():
+    """script(flag, ...) runs ava.main() here on one thread and returns what it printed."""
+    def call(*flags):
+        text, arguments, threads = io.StringIO(), sys.argv, torch.get_num_threads()
+        numbers = signal.SIGTERM, signal.SIGINT
+        handlers = [signal.getsignal(number) for number in numbers]
+        try:
+            sys.argv = ["ava.py", *map(str, flags)]
+            torch.set_num_threads(1)
+            with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+                ava.main()
+        finally:
+            sys.argv = arguments
+            torch.set_num_threads(threads)
+            for number, handler in zip(numbers, handlers):
+                signal.signal(number, handler)
+        return text.getvalue()
+    return call
 
 
 @pytest.fixture(scope="session")
-def finished(movies, tmp_path_factory):
+def odd(movies, tmp_path_factory):
+    rng = np.random.default_rng(0)
+    corners = np.sort(rng.uniform(0, 1, (300, 2, 2)), axis=1).reshape(-1, 4)
+    return changed(movies, tmp_path_factory.mktemp("odd"), **{
+        "train_predicted_boxes": [f"train_001,0903,{','.join(f'{v:.4f}' for v in box)},"
+                                  f"{rng.integers(1, 8)},0.9" for box in corners],
+        "train_v2.2": [f"train_00{i},0905,0.5,0.2,0.5,0.4,1,0" for i in range(2)]})
+
+
+@pytest.fixture(scope="session")
+def finished(odd, script, tmp_path_factory):
     """An uninterrupted run, and what it printed."""
     out = tmp_path_factory.mktemp("detector") / "run"
-    return out, run_well("ava.py", "--data", movies, "--out", out, *FLAGS)
+    return out, script("--data", odd, "--out", out, *FLAGS)
 
 
 @pytest.mark.slow
-def test_run(movies, finished):
+def test_run(odd, finished):
     out, text = finished
     lines = [d for d in log_of(out) if "loss" in d]
     assert [d["step"] for d in lines] == list(range(1, 33))
     assert sum(d["boxes"] == 0 for d in lines) == 8 and max(d["boxes"] for d in lines) > 200
     assert all((d["loss"] > 0) == (d["grad_norm"] > 0) == (d["boxes"] > 0) for d in lines)
     assert [d["step"] for d in log_of(out) if "val_mAP" in d] == [16]
-    names, truth, excluded = ava.read_truth(movies)
+    for words in ("scratch", "every 4th second", "file order", "stride 8", "8 key frames of 2"):
+        assert words in text, words
+    names = ava.read_label_map(ava.locate(odd, "actions"))
+    truth = ava.read_boxes(ava.locate(odd, "truth", "val"))
+    excluded = ava.read_excluded(ava.locate(odd, "excluded", "val"))
+    assert excluded == {"val_000,0904"}
     for view in ("center", "full"):                           # the csv is worth what was printed
         results = json.load(open(out / f"last_{view}.json"))
         found = ava.read_boxes(out / f"last_{view}.csv", scored=True)
@@ -312,48 +409,118 @@ def test_run(movies, finished):
         again = list(ava.average_precisions(truth, found, names, excluded).values())
         assert np.nanmean(again) == pytest.approx(results["mAP"], abs=1e-12)
         assert f"{view} view: mAP@0.5 {100 * results['mAP']:.2f}, of the untrained head" in text
-    pixels = np.asarray(Image.open(out / "last.png")).reshape(-1, 3).tolist()
-    assert [255, 255, 255] in pixels and [255, 165, 0] in pixels
+    with Image.open(out / "last.png") as picture:
+        colors = {tuple(c) for c in np.asarray(picture.convert("RGB")).reshape(-1, 3)}
+    assert (255, 255, 255) in colors and {(0, 255, 0), (255, 165, 0)} & colors
 
 
 @pytest.mark.slow
-def test_killed_stopped_and_resumed_is_bit_equal(movies, finished, tmp_path):
+def test_killed_stopped_and_resumed_is_bit_equal(odd, finished, script, tmp_path, monkeypatch):
     out = tmp_path / "killed"
-    flags = ["--data", movies, "--out", out, *FLAGS, "--resume", "--save-minutes", "0.0001"]
-    for low, sent, workers in ((2, signal.SIGKILL, 1), (14, signal.SIGTERM, 0)):
-        step = int(np.random.default_rng().integers(low, low + 10))
-        runs.kill_at(step, out, "ava.py", *flags, "--workers", workers, sent=sent)
-        assert 0 < read_checkpoint(out / "last.pt")["step"] < 32
-    run_well("ava.py", *flags)
+    flags = ["--data", odd, "--out", out, *FLAGS, "--resume",
+             "--save-minutes", "0.0001"]
+    step = int(np.random.default_rng().integers(2, 12))
+    runs.kill_at(step, out, "ava.py", *flags, "--workers", 1)             # SIGKILL
+
+    def lr_at(epoch, *rest):                                  # SIGTERM when it comes to step 20
+        if epoch * 8 == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return schedule(epoch, *rest)
+    schedule = engine.lr_at
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(engine, "lr_at", lr_at)
+        script(*flags)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert read_checkpoint(out / "last.pt")["step"] == 20
+    assert "at step 20" in script(*flags)
     assert_same_weights(finished[0], out)
     for name in ("last_center.csv", "last_full.csv"):
         assert (out / name).read_text() == (finished[0] / name).read_text()
-    untrained = read_checkpoint(out / "last.pt")["untrained"]
-    assert untrained == read_checkpoint(finished[0] / "last.pt")["untrained"] != {}
+    untrained = read_checkpoint(finished[0] / "last.pt")["untrained"]
+    assert read_checkpoint(out / "last.pt")["untrained"] == untrained and len(untrained) == 2
 
 
 @pytest.mark.slow
-def test_ranks_and_accumulation(movies, tmp_path):
+def test_signal_between_micro_batches(odd, script, tmp_path, monkeypatch):
+    """The unfinished step is discarded."""
+    normalize, calls = ava.data.normalize, []
+
+    def signal_in_the_second_step(*args):
+        calls.append(0)
+        if len(calls) == 6:                                   # of 4 micro-batches each
+            os.kill(os.getpid(), signal.SIGTERM)
+        return normalize(*args)
+    monkeypatch.setattr(ava.data, "normalize", signal_in_the_second_step)
+    with pytest.raises(SystemExit):
+        script("--data", odd, "--out", tmp_path, *FLAGS, "--batch-size", 4, "--device-batch", 1,
+               "--no-baseline")
+    assert len(calls) == 6 and read_checkpoint(tmp_path / "last.pt")["step"] == 1
+
+
+@pytest.mark.slow
+def test_ranks_and_accumulation(odd, script, tmp_path):
     """Two ranks and accumulation average the same boxes as one batch, also where a clip has none.
     Two ranks test every key frame once, with bit-identical scores."""
-    flags = ["--data", movies, *FLAGS, "--batch-size", 4, "--drop-path", 0, "--dropout", 0,
+    flags = ["--data", odd, *FLAGS, "--batch-size", 4, "--drop-path", 0, "--dropout", 0,
              "--epochs", 2, "--val-epochs", 0, "--no-baseline", "--device-batch", 1]
-    run_well("ava.py", "--out", tmp_path / "one", *flags, "--device-batch", 4)
-    run_well("ava.py", "--out", tmp_path / "two", *flags, processes=2)
-    one, two = ([d["loss"] for d in log_of(tmp_path / name)] for name in ("one", "two"))
-    assert len(one) == 4 and two == pytest.approx(one, rel=1e-5)
+    script("--out", tmp_path / "one", *flags, "--device-batch", 4)
+    done = runs.run("ava.py", "--out", tmp_path / "two", *flags, processes=2)
+    assert done.returncode == 0, done.stderr
+    losses = [[d["loss"] for d in log_of(tmp_path / name)] for name in ("one", "two")]
+    assert len(losses[0]) == 4
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     shutil.copy(tmp_path / "two" / "last.pt", tmp_path / "again.pt")
     for view in ("center", "full"):
-        run_well("ava.py", "--eval", tmp_path / "again.pt", "--view", view, "--workers", 0,
-                 "--device-batch", 1, "--draw", tmp_path / f"{view}.png")
+        script("--data", odd, "--eval", tmp_path / "again.pt", "--view", view, "--workers", 0,
+               "--device-batch", 1, "--draw", tmp_path / f"{view}.png")
         for ending in ("csv", "json"):
             again = (tmp_path / f"again_{view}.{ending}").read_text()
             assert again == (tmp_path / "two" / f"last_{view}.{ending}").read_text()
+        assert (tmp_path / f"{view}.png").exists()
+    script("--data", odd, "--eval", tmp_path / "again.pt", "--match", "score", "--workers", 0)
+    assert json.load(open(tmp_path / "again_center.json"))["match"] == "score"
+
+
+def test_starting_weights(tmp_path):
+    """From a classifier of other classes only the head is new. A detector is taken over whole."""
+    torch.manual_seed(1)
+    recipe = ava.replace(ava.AVA, **TINY)
+    for classes in (12, 80):
+        stored = {**ava.model_recipe(recipe), "num_classes": classes}
+        model, path = build_classifier(stored), tmp_path / f"{classes}.pt"
+        torch.save({"model": model.state_dict(), "recipe": stored}, path)
+        detector = ava.build(recipe)
+        new = detector.model.head.projection.weight.clone() * recipe.head_init_scale
+        ava.start_weights(detector, ava.replace(recipe, init=str(path)), lambda line: None)
+        expected = new if classes == 12 else model.head.projection.weight
+        assert torch.equal(detector.model.head.projection.weight, expected)
+        assert torch.equal(detector.model.blocks[0].attn.qkv.weight,
+                           model.blocks[0].attn.qkv.weight)
 
 
 @pytest.mark.slow
-def test_errors(movies, monkeypatch, capsys, tmp_path):
+def test_errors(movies, finished, script, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for words, *flags in (["out/finetune"], ["jitter", "--image-size", 112],
-                          ["--movie-start 0", *FLAGS, "--movie-start", 0, "--no-baseline"]):
-        assert words in runs.refusal(monkeypatch, capsys, "ava", "--data", movies, *flags)
+    out, data = finished[0], ["--data", movies]
+    last = out / "last.pt"
+    for error, words, flags in (
+            (FileNotFoundError, "pretrain.py", data),
+            (ValueError, "jitter", ["--image-size", 112]),
+            (ValueError, "--draw", ["--draw", "a.png"]),
+            (ValueError, "--data", ["--eval", last, "--data", ""]),
+            (ValueError, "--resume", [*data, "--out", out, "--init", ""]),
+            (ValueError, "--model mvit_tiny",
+             [*data, "--init", last, "--recipe", "ava_mvitv2_s_16x4"]),
+            (ValueError, "--expand mlp", [*data, "--init", last, "--expand", "attn"]),
+            (ValueError, "lr=1", [*data, "--out", out, *FLAGS, "--resume", "--lr", 1]),
+            (ValueError, "--movie-start 0", [*data, *FLAGS, "--movie-start", 0])):
+        with pytest.raises(error, match=words):
+            script(*flags, "--no-baseline")
+    assert set(os.listdir(tmp_path)) <= {"out"}               # of the last one, which had begun
+
+
+@pytest.mark.slow
+def test_dry_run(script):
+    """FLOPs as in Table 3."""
+    text = script("--recipe", "ava_mvitv2_s_16x4", "--dry-run", "--expand", "mlp")
+    assert "36,229,040 parameters, 71.41 GFLOPs" in text and "output grid 8x7x7" in text
