@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GOLDEN
+from test_teachers import Hostile
 
 import convert
 import mvit
@@ -43,12 +44,6 @@ def vit_layout(dim, depth, patch, side, classes=0, last="norm", prefix=""):
         shapes |= affine(b + "mlp.fc1", 4 * dim, dim) | affine(b + "mlp.fc2", dim, 4 * dim)
     shapes |= affine(last, dim) | (affine("head", classes, dim) if classes else {})
     return {prefix + name: shape for name, shape in shapes.items()}
-
-
-def mae_layout():
-    """MAE in pre-training: the encoder, and a decoder of its own width with the mask token."""
-    decoder = vit_layout(64, 2, 8, 64, prefix="decoder_")
-    return {**vit_layout(*TINY), **decoder, "mask_token": (1, 1, 64)}
 
 
 def dino_layout(prefix):
@@ -97,8 +92,9 @@ def shapes_of(state):
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def build(recipe):
-    return build_maskfeat(recipe) if "target" in recipe else build_classifier(recipe)
+def build(recipe, device="cpu"):
+    with torch.device(device):
+        return build_maskfeat(recipe) if "target" in recipe else build_classifier(recipe)
 
 
 def ours(name, stage=FINETUNE, **changes):
@@ -117,6 +113,8 @@ def vit(*arguments, **changes):
     return filled(vit_layout(*TINY, *arguments, **changes))
 
 
+# MAE in pre-training: the encoder, and a decoder of its own width with the mask token
+MAE = {**vit_layout(*TINY), **vit_layout(64, 2, 8, 64, prefix="decoder_"), "mask_token": (1, 1, 64)}
 # Format -> checkpoint, and what foreign_recipe must see in it. The name starts with the format.
 FOREIGN = {
     "torchvision": (lambda: filled(torchvision_layout(64, 2, (1, 2), 4, 4, 64, 7)), dict(
@@ -126,11 +124,10 @@ FOREIGN = {
     "timm, DDP": (lambda: {"state_dict": vit(7, prefix="module.")}, dict(num_classes=7)),
     "timm, DINO": (lambda: vit(), dict(num_classes=0, pool="cls")),
     "timm, MAE fine-tuned": (lambda: {"model": vit(7, "fc_norm"), "epoch": 9}, dict(pool="mean")),
-    "DINO": (lambda: {
-        "student": filled(dino_layout("module."), 1), "teacher": filled(dino_layout("")),
-        "args": argparse.Namespace(arch="vit_base")}, dict(num_classes=0, pool="cls")),
+    "DINO": (lambda: {"student": filled(dino_layout("module."), 1), "args": argparse.Namespace(a=1),
+                      "teacher": filled(dino_layout(""))}, dict(num_classes=0, pool="cls")),
     "DINO, student": (lambda: {"student": filled(dino_layout("module."))}, dict(num_classes=0)),
-    "MAE": (lambda: {"model": filled(mae_layout())}, dict(num_classes=0, model="vit_tiny")),
+    "MAE": (lambda: {"model": filled(MAE)}, dict(num_classes=0, model="vit_tiny")),
     "release": (lambda: released("mvit_tiny"), dict(
         num_classes=7, pool="mean", expand="mlp", sampling_rate=3, mean=(0.4, 0.45, 0.5))),
     "release, ViT": (lambda: released("vit_tiny"), dict(pool="mean")),
@@ -139,7 +136,13 @@ FOREIGN = {
     "ours": (lambda: ours("mvit_tiny")[0], dict(num_classes=7)),
     "ours, pre-training": (lambda: ours("vit_tiny", PRETRAIN)[0], dict(model="vit_tiny")),
 }
-DROPPED = ("head.mlp.", "head.last_layer.", "decoder_")  # parts of other methods
+
+
+def dropped(form, recipe):
+    """How names begin that no model of ours has: parts of other methods, the norm of a trunk."""
+    trunk = "target" not in recipe and not recipe["num_classes"]
+    return ("head.mlp.", "head.last_layer.", "decoder_", *["mask_token"] * (form == "MAE"),
+            *["norm.", "backbone.norm."] * trunk)
 
 
 @pytest.fixture
@@ -151,13 +154,10 @@ def load(monkeypatch):
     return load
 
 
-# ---------------------------------------------------------------------------- every format
-
 @pytest.mark.parametrize("form", FOREIGN)
 def test_formats(form, tmp_path):
     """Recognized, described, and loaded whole: every tensor of the model comes from the file."""
-    make, want = FOREIGN[form]
-    checkpoint = make()
+    checkpoint, want = FOREIGN[form][0](), FOREIGN[form][1]
     found, state = recognize(checkpoint)
     recipe = foreign_recipe(checkpoint)
     assert found == form.split(",")[0] and tuple(recipe["image_size"]) == (64, 64)
@@ -170,68 +170,52 @@ def test_formats(form, tmp_path):
     sums = [{round(float(tensor.double().sum()), 9) for tensor in x.values()}
             for x in (model.state_dict(), state)]
     assert sums[0] <= sums[1]
-    dropped = DROPPED + ("mask_token",) * (form == "MAE")
-    if "target" not in recipe and not recipe["num_classes"]:  # a trunk has no norm of its own
-        dropped += ("norm.", "backbone.norm.")
-    assert set(report["left out"]) == {name for name in state if name.startswith(dropped)}
+    want = {name for name in state if name.startswith(dropped(form, recipe))}
+    assert set(report["left out"]) == want
 
 
 @pytest.mark.parametrize("form", FOREIGN)
-def test_one_renamed_tensor_is_refused(form, load):
-    """Whichever it is, except where the whole head or decoder of another method is dropped."""
+def test_one_missing_or_renamed_tensor_is_refused(form, load):
     checkpoint = FOREIGN[form][0]()
-    model, state = build(foreign_recipe(checkpoint)), recognize(checkpoint)[1]
-    dropped = DROPPED + ("mask_token",) * (form == "MAE")
-    for name in [name for name in state if not name.startswith(dropped)][::5]:  # all kinds of names
-        renamed = {old + "_" * (old == name): tensor for old, tensor in state.items()}
-        with pytest.raises(ValueError, match=f"another model.*{name}_"):
-            load(renamed, model)
+    recipe, state = foreign_recipe(checkpoint), recognize(checkpoint)[1]
+    model = build(recipe)
+    optional = ("mask_token", *dropped(form, recipe))
+    names = [name for name in state if not name.startswith(optional)]
+    for name in names[::5] + names[-4:]:  # all kinds of names, norm and head
+        missing = {other: tensor for other, tensor in state.items() if other != name}
+        renamed = {**missing, name + "_": state[name]}
+        for changed, words in (missing, "1 tensors"), (renamed, name + "_"):
+            with pytest.raises(ValueError, match=f"another model.*{words}"):
+                load(changed, model)
 
 
-@pytest.mark.parametrize("form", ["torchvision", "timm", "release", "ours"])
-def test_one_missing_tensor_is_refused(form, load):
-    checkpoint = FOREIGN[form][0]()
-    model, state = build(foreign_recipe(checkpoint)), recognize(checkpoint)[1]
-    for end in ("norm.weight", "qkv.bias", next(n for n in state if n.startswith("head."))):
-        name = next(name for name in reversed(state) if name.endswith(end))
-        with pytest.raises(ValueError, match="1 tensors do not fit"):
-            load({n: tensor for n, tensor in state.items() if n != name}, model)
-
-
-@pytest.mark.parametrize("form, expand, pool, other", [
-    ("torchvision", "attn", "cls", "mlp"), ("release", "mlp", "mean", "attn"),
-    ("release", "attn", "cls", "mlp"), ("ours", "attn", "mean", "mlp")])
-def test_expand_and_pool_that_would_fit_are_named(form, expand, pool, other, load):
-    make = {"ours": lambda *args, **kw: ours(*args, **kw)[0], "release": released}.get(form)
-    checkpoint = make("mvit_tiny", expand=expand, pool=pool) if make else FOREIGN[form][0]()
+@pytest.mark.parametrize("expand, pool, other", [("mlp", "mean", "attn"), ("attn", "cls", "mlp")])
+def test_expand_and_pool_that_would_fit_are_named(expand, pool, other, load):
+    checkpoint = released("mvit_tiny", expand=expand, pool=pool)
     for stage in (FINETUNE, PRETRAIN):
         with pytest.raises(ValueError, match=f"another.*--expand {expand}.*--pool {pool}"):
             load(checkpoint, ours("mvit_tiny", stage, expand=other)[1])
-    load(checkpoint, ours("mvit_tiny", expand=expand, pool=pool)[1])
     with pytest.raises(ValueError) as error:  # another depth: no expand would help
         load(checkpoint, mvit.MViT(64, 2, (1, 1), num_frames=4, image_size=64, expand=other))
     assert "--expand" not in str(error.value)
 
 
 @pytest.mark.parametrize("layout, kind", [
-    (vit_layout(768, 12, 16, 384, 1000), dict(model="vit_b", image_size=(384, 384), num_classes=1000)),
+    (vit_layout(768, 12, 16, 384, 1000), dict(model="vit_b", image_size=(384, 384), pool="cls")),
     (vit_layout(1024, 24, 8, 224, 0, "fc_norm"), dict(model="vit_l", patch_size=8, num_classes=0)),
     (torchvision_layout(96, 1, (1, 2, 11, 2), 8, 16, 224, 400), dict(
         model="mvitv2_s", num_classes=400, num_frames=16, image_size=(224, 224), expand="attn")),
     (golden_layout("mvitv2_s_ft"), dict(
         model="mvitv2_s", expand="mlp", pool="mean", num_frames=16, mean=(0.45,) * 3)),
-    (golden_layout("mvitv2_s_ft_dimmulatt"), dict(expand="attn", pool="cls", num_classes=400)),
     pytest.param(golden_layout("mvitv2_l_312_40x3_dimmulatt"), dict(
         num_frames=40, image_size=(312, 312)), marks=SLOW),
     pytest.param(golden_layout("mvitv2_l_pt"), dict(output_stride=16, mask="cube"), marks=SLOW),
-    pytest.param(golden_layout("vit_b_pt"), dict(target="hog", mask="block"), marks=SLOW),
-    (golden_layout("vit_b_ft"), dict(model="vit_b", pool="mean", num_classes=1000))])
+    pytest.param(golden_layout("vit_b_pt"), dict(target="hog", mask="block"), marks=SLOW)])
 def test_full_size(layout, kind, load):
     """The public models, by name and shape only."""
     recipe = foreign_recipe(meta(layout))
     assert {key: recipe[key] for key in kind} == kind
-    with torch.device("meta"):
-        model = build(recipe)
+    model = build(recipe, "meta")
     report = load(meta(layout), model)
     assert len(report["loaded"]) == len(model.state_dict())
 
@@ -249,9 +233,7 @@ def test_config_of_the_release_counts_more_than_guesses():
 @pytest.mark.parametrize("layout, words", [
     (vit_layout(384, 12, 16, 224, 1000), r"no known model: \(4, 384, 12\)"),
     ({**vit_layout(*TINY, 7), "pos_embed": (1, 66, 128)}, "pos_embed of 66"),  # DeiT, distilled
-    ({k: v for k, v in vit_layout(*TINY, 7).items() if k != "pos_embed"}, "lacks pos_embed"),
-    ({k: v for k, v in golden_layout("mvitv2_s_ft").items() if ".rel_pos_t" not in k},
-     "lacks blocks.0.attn.rel_pos_t")])
+    ({k: v for k, v in vit_layout(*TINY, 7).items() if k != "pos_embed"}, "lacks pos_embed")])
 def test_other_models_are_named(layout, words):
     with pytest.raises(ValueError, match=words):
         foreign_recipe(meta(layout))
@@ -259,14 +241,10 @@ def test_other_models_are_named(layout, words):
 
 def test_rename_takes_whole_components_and_refuses_collisions():
     renamed, origin = rename("release", {"hogs.0.w": 1, "xhogs.b": 2, "head.projection.w": 3})
-    assert renamed == {"xhogs.b": 2, "head.w": 3}
-    assert origin == {"xhogs.b": "xhogs.b", "head.w": "head.projection.w"}
-    assert rename("timm", {"norm.b": 2}, back=True)[0] == {"fc_norm.b": 2}
+    assert renamed == {"xhogs.b": 2, "head.w": 3} and origin["head.w"] == "head.projection.w"
     with pytest.raises(ValueError, match="fc_norm.weight and norm.weight both mean norm.weight"):
         rename("timm", {"norm.weight": 1, "fc_norm.weight": 2})
 
-
-# ---------------------------------------------------------------------------- round trips
 
 def call(*arguments):
     """convert.py with these arguments."""
@@ -277,9 +255,7 @@ def call(*arguments):
 
 @pytest.mark.parametrize("name, stage, to, changes", [
     ("mvit_tiny", PRETRAIN, "release", {}), ("vit_tiny", PRETRAIN, "release", {}),
-    ("mvit_tiny", FINETUNE, "release", {}), ("mvit_tiny", FINETUNE, "release", dict(expand="attn")),
     ("mvit_tiny", FINETUNE, "release", dict(expand="attn", pool="cls")),
-    ("mvit_tiny", FINETUNE, "release", dict(pool="cls")),
     ("mvit_tiny", FINETUNE, "release", dict(num_frames=8, image_size=(64, 96))),
     ("vit_tiny", FINETUNE, "release", {}), ("vit_tiny", FINETUNE, "release", dict(pool="cls")),
     ("vit_tiny", FINETUNE, "timm", {}), ("vit_tiny", FINETUNE, "timm", dict(pool="cls"))])
@@ -307,8 +283,7 @@ def test_export_has_the_keys_of_the_release(name, stage, changes, golden_name):
     """All names and shapes, except the constant buffers `hogs`."""
     recipe = {**stage, "model": name, "num_frames": 16, "image_size": (224, 224), "patch_size": 16,
               **({"output_stride": 16} if stage is PRETRAIN else {"num_classes": 400}), **changes}
-    with torch.device("meta"):
-        model = build(recipe)
+    model = build(recipe, "meta")
     exported, left_out = export({"model": model.state_dict(), "recipe": recipe}, "release")
     assert set(exported) == {"epoch", "model_state", "optimizer_state", "cfg"} and not left_out
     want = {k: s for k, s in golden_layout(golden_name).items() if not k.startswith("hogs.")}
@@ -333,16 +308,14 @@ def test_export_to_timm_has_its_keys():
 def test_transfer(name, blocks, load):
     """The tensors resized, dropped and added are those that the release resizes, drops, adds."""
     before, after = golden_layout(f"{name}_pt"), golden_layout(f"{name}_ft")
-    with torch.device("meta"):
-        model = build_classifier(foreign_recipe(meta(after)))
+    model = build(foreign_recipe(meta(after)), "meta")
     report = load({"model_state": meta(before)}, model)
     C = {"mvitv2_s": 96, "mvitv2_l": 72}.get(name)
     assert report["resized"] == [f"blocks.{i}.attn.rel_pos_{axis} (27, {C}) -> (13, {C})"
                                  for i in blocks for axis in "hw"]
     dropped = {key for key in before if key.startswith(("mask_token", "hogs.", "pred_head."))}
     assert set(report["left out"]) == dropped == set(before) - set(after)
-    head = "head.projection" if blocks else "head"
-    assert set(report["fresh"]) == {"norm.weight", "norm.bias", f"{head}.weight", f"{head}.bias"}
+    assert sorted(key.replace("head.projection", "head") for key in report["fresh"]) == STAGE_ONLY
     assert sum(len(report[what]) for what in ("loaded", "resized", "fresh")) == len(after)
 
 
@@ -357,54 +330,34 @@ def test_relative_tables_are_resized_linearly(load):
     np.testing.assert_allclose(model.blocks[0].attn.rel_pos_h.detach(), want, atol=1e-6)
 
 
-def test_position_embedding_is_resized_bicubically(load):
-    state = vit(7)
-    big = ours("vit_tiny", image_size=(96, 96), num_classes=3)[1]
+def test_vit_into_another_size_and_into_pretraining(load):
+    """Positions are resized bicubically. What only one model has is fresh or left out, by name."""
+    state, big = vit(7), ours("vit_tiny", image_size=(96, 96), num_classes=3)[1]
     report = load(state, big)
     assert report["resized"] == ["pos_embed (1, 65, 128) -> (1, 145, 128)"]
     assert report["left out"] == ["head.weight (7, 128)", "head.bias (7,)"]
     assert report["fresh"] == ["head.weight", "head.bias"]
     assert torch.equal(big.pos_embed[:, 0], state["pos_embed"][:, 0])
     grid = state["pos_embed"][:, 1:].view(1, 8, 8, 128).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=12, mode="bicubic").flatten(2).transpose(1, 2)
-    torch.testing.assert_close(big.pos_embed[:, 1:], grid)
-
-
-def test_classifier_into_pretraining(load):
-    """The trunk goes in. What only one stage has stays fresh or is left out, by name."""
-    state, model = vit(7), ours("vit_tiny", PRETRAIN)[1]
-    report = load(state, model)
-    assert torch.equal(model.encoder.blocks[3].mlp.fc1.weight, state["blocks.3.mlp.fc1.weight"])
+    grid = F.interpolate(grid, size=12, mode="bicubic")
+    torch.testing.assert_close(big.pos_embed[:, 1:], grid.flatten(2).transpose(1, 2))
+    report = load(state, ours("vit_tiny", PRETRAIN)[1])
     assert sorted(report["fresh"]) == sorted([*STAGE_ONLY, "mask_token"])
     assert sorted(report["left out"]) == STAGE_ONLY
-
-
-# ---------------------------------------------------------------------------- files and commands
-
-class Hostile:
-    """Unpickled without care, it makes a folder."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_and_hostile_files_are_refused(tmp_path):
     checkpoint, model = ours("vit_tiny", PRETRAIN)
-    hostile = {"model": {}, "args": argparse.Namespace(arch=Hostile(str(tmp_path / "made")))}
+    hostile = {"args": argparse.Namespace(arch=Hostile(os.mkdir, str(tmp_path / "made")))}
     torch.save(hostile, tmp_path / "hostile")
     (tmp_path / "legacy").write_bytes(pickle.dumps(hostile))
     save_checkpoint(str(tmp_path / "last.pt"), checkpoint)
     (tmp_path / "cut").write_bytes((tmp_path / "last.pt").read_bytes()[:100_000])
-    (tmp_path / "text").write_bytes(b"not a checkpoint")
     torch.save([1, 2], tmp_path / "list")
     torch.save({"weights": {}}, tmp_path / "unknown")
     for name, words in (("hostile", "damaged"), ("legacy", "damaged"), ("cut", "damaged"),
-                        ("text", "damaged"), ("list", "holds a list"),
-                        ("unknown", "no known .*format.*weights")):
+                        ("list", "holds a list"), ("unknown", "no known .*format.*weights")):
         with pytest.raises(ValueError, match=words):
             load_weights(model, str(tmp_path / name))
     assert not (tmp_path / "made").exists()
@@ -412,21 +365,19 @@ def test_damaged_and_hostile_files_are_refused(tmp_path):
         load_weights(model, str(tmp_path / "nowhere.pt"))
 
 
-@pytest.mark.parametrize("name, keys, said", [
-    ("vit_tiny", {"cls_token", "fc_norm.weight"}, "(timm): 80 loaded, 0 resized, 0 fresh, 0 left"),
-    ("mvit_tiny", {"model_state", "cfg"}, "(release): 81 loaded, 0 resized, 0 fresh, 0 left")])
-def test_command_line(name, keys, said, tmp_path, capsys):
+@pytest.mark.parametrize("name, key, said", [
+    ("vit_tiny", "fc_norm.weight", "(timm): 80 loaded, 0 resized, 0 fresh, 0 left"),
+    ("mvit_tiny", "model_state", "(release): 81 loaded, 0 resized, 0 fresh, 0 left")])
+def test_command_line(name, key, said, tmp_path, capsys):
     """ViT goes to timm, MViT to the release. Nothing is written over."""
     before, theirs, after = (tmp_path / x for x in ("ours.pt", "theirs.pth", "new/again.pt"))
     save_checkpoint(str(before), ours(name)[0])
     call(before, theirs)
-    assert keys <= set(read_checkpoint(str(theirs))) and "0 left out" in capsys.readouterr().out
+    assert key in read_checkpoint(str(theirs)) and "0 left out" in capsys.readouterr().out
     call(theirs, after)
     assert said in capsys.readouterr().out
-    content = after.read_bytes()
     with pytest.raises(ValueError, match="again.pt exists"):
         call(theirs, after)
-    assert after.read_bytes() == content
     with pytest.raises(ValueError, match="without --to"):
         call(theirs, tmp_path / "x.pth", "--to", "release")
 
