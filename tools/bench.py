@@ -76,7 +76,7 @@ def make_step(recipe, batch):
     return step
 
 
-def peak_memory(form, name, batch):
+def peak(form, name, batch):
     """GiB that two steps take at most, with weights and AdamW's state."""
     step = form(make_step(pretrain.Recipe(model=name), batch))
     step()
@@ -86,7 +86,7 @@ def peak_memory(form, name, batch):
 
 def bench_step(rounds, name, batch):
     with torch.multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        peaks = [[pool.apply(peak_memory, (x, name, batch))] for x in (torch.nn.Identity(), plainly)]
+        peaks = [[pool.apply(peak, (form, name, batch))] for form in (torch.nn.Identity(), plainly)]
     yield f"{name}, batch {batch}: peak memory of a step", "GiB", *peaks
     step = make_step(pretrain.Recipe(model=name), batch)
     yield f"{name}, batch {batch}: step", "ms", *take_turns([step, plainly(step)], rounds)
