@@ -192,9 +192,13 @@ def test_one_missing_or_renamed_tensor_is_refused(form, load):
 @pytest.mark.parametrize("expand, pool, other", [("mlp", "mean", "attn"), ("attn", "cls", "mlp")])
 def test_expand_and_pool_that_would_fit_are_named(expand, pool, other, load):
     checkpoint = released("mvit_tiny", expand=expand, pool=pool)
-    for stage in (FINETUNE, PRETRAIN):
-        with pytest.raises(ValueError, match=f"another.*--expand {expand}.*--pool {pool}"):
+    for stage, words in (FINETUNE, f'pool="{pool}" .--expand {expand} --pool {pool}'), \
+            (PRETRAIN, f"--expand {expand}.$"):
+        with pytest.raises(ValueError, match=f'another.*expand="{expand}".*{words}'):
             load(checkpoint, ours("mvit_tiny", stage, expand=other)[1])
+    if (expand, pool) == ("attn", "cls"):
+        with pytest.raises(ValueError, match="torchvision.*--expand attn --pool cls"):
+            load(FOREIGN["torchvision"][0](), ours("mvit_tiny", FINETUNE, expand="mlp")[1])
     with pytest.raises(ValueError) as error:  # another depth: no expand would help
         load(checkpoint, mvit.MViT(64, 2, (1, 1), num_frames=4, image_size=64, expand=other))
     assert "--expand" not in str(error.value)
