@@ -62,18 +62,25 @@ def center_box(height, width, aspect):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+def decoded_side(image_size):
+    """Shorter side of the clips that random crops are cut from: 256 for 224 (release)."""
+    return round(max(image_size) / 0.875)
+
+
 def crop_resize(frames, box, size, resample=Image.BICUBIC):
     """Cuts a box (top, left, h, w) out of a clip or an image and scales it to size (H, W).
 
-    frames: (T, 3, H, W) uint8, scaled bilinearly without antialiasing (release), or a PIL image,
-    scaled by `resample` (release: bicubic). Returns uint8 (T, 3, *size) or (3, *size).
+    frames: (T, 3, H, W) uint8, scaled bilinearly, without antialiasing (release) unless a side gets
+    less than half as long, or a PIL image, scaled by `resample` (release: bicubic).
+    Returns uint8 (T, 3, *size) or (3, *size).
     """
     top, left, h, w = box
     if isinstance(frames, Image.Image):
         image = frames.crop((left, top, left + w, top + h)).resize(size[::-1], resample)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     crop = frames[:, :, top:top + h, left:left + w].float()
-    crop = F.interpolate(crop, size, mode="bilinear", align_corners=False)
+    much_smaller = h > 2 * size[0] or w > 2 * size[1]
+    crop = F.interpolate(crop, size, mode="bilinear", align_corners=False, antialias=much_smaller)
     return crop.round_().to(torch.uint8)
 
 
@@ -188,6 +195,7 @@ class PretrainDataset(torch.utils.data.Dataset):
 
     samples: layouts.Samples. image_size: (H, W). num_frames: T of a clip, None for images.
     mask: rng -> bool array, or None. scale: area of a crop. flip: its chance (both release).
+    short_side: of a decoded clip, by default `decoded_side`.
     view_size: (h, w) of a second view of every view_stride-th frame, same crop, by Lanczos (BEiT).
     maps: the file of each sample's label map, with classes below map_classes.
     An item is a dict of
@@ -199,12 +207,13 @@ class PretrainDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, samples, image_size, num_frames=None, sampling_rate=4, mask=None, seed=0,
-                 scale=(0.5, 1.0), flip=0.5, short_side=256, view_size=None, view_stride=1,
+                 scale=(0.5, 1.0), flip=0.5, short_side=None, view_size=None, view_stride=1,
                  maps=None, map_classes=1000):
         check_kind(samples.kind, num_frames)
         self.samples, self.image_size, self.num_frames = samples, tuple(image_size), num_frames
         self.sampling_rate, self.mask, self.seed = sampling_rate, mask, seed
-        self.scale, self.flip, self.short_side = scale, flip, short_side
+        self.scale, self.flip = scale, flip
+        self.short_side = short_side or decoded_side(image_size)
         self.view_size, self.view_stride = view_size, view_stride
         self.maps, self.map_classes = maps, map_classes
         self.map_shape = tuple(read_map(maps[0], map_classes).shape) if maps else None
@@ -274,13 +283,13 @@ class FinetuneDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, samples, image_size, num_frames=None, sampling_rate=4, seed=0,
-                 scale=(0.5, 1.0), flip=0.5, short_side=256, segments=False, augment=None,
+                 scale=(0.5, 1.0), flip=0.5, short_side=None, segments=False, augment=None,
                  erase=None, repeats=1):
         check_kind(samples.kind, num_frames)
         self.samples, self.image_size, self.num_frames = samples, tuple(image_size), num_frames
         self.sampling_rate, self.seed, self.scale, self.flip = sampling_rate, seed, scale, flip
-        self.short_side, self.segments, self.augment = short_side, segments, augment
-        self.erase, self.repeats = erase, repeats
+        self.short_side = short_side or decoded_side(image_size)
+        self.segments, self.augment, self.erase, self.repeats = segments, augment, erase, repeats
         self.item_bytes = repeats * 3 * (num_frames or 1) * math.prod(image_size)
 
     def __len__(self):
@@ -379,9 +388,11 @@ def read_views(path, image_size, num_frames=None, sampling_rate=4, clips=1, crop
                              Image.BICUBIC)
         frames = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]      # (1, 3, h, w)
     top, left = frames.shape[2] - H, frames.shape[3] - W                       # pixels left free
+    middle = math.ceil if num_frames else round  # release: its own crops, torchvision's of images
     x = torch.stack([
-        frames[:, :, top * k // 2:top * k // 2 + H, left * k // 2:left * k // 2 + W]
-        for k in ((0, 1, 2) if crops == 3 else (1,))], 1)                # (clips*T, crops, 3, H, W)
+        frames[:, :, y:y + H, x:x + W]
+        for y, x in [(middle(top * k / 2), middle(left * k / 2))
+                     for k in ((0, 1, 2) if crops == 3 else (1,))]], 1)  # (clips*T, crops, 3, H, W)
     if not num_frames:
         return x[0]
     return x.unflatten(0, (clips, num_frames)).permute(0, 2, 3, 1, 4, 5).flatten(0, 1).contiguous()

@@ -139,7 +139,8 @@ def run_test(model, recipe, samples, classes, stem, device, rank, world, print0)
     cost = count_flops(model, (1, 3, *frames, *recipe.image_size))
     print0(f"testing {len(samples)} {samples.kind}s, {dataset.views} views each: "
            f"{cost['flops'] / 1e9:.4g} GFLOPs x {dataset.clips} clips x {dataset.crops} crops, "
-           f"{cost['parameters'] / 1e6:.4g} M parameters")
+           f"{cost['parameters'] / 1e6:.4g} M parameters, in "
+           + engine.mixed_precision(recipe.amp, device)[0])
     results = test(model, recipe, dataset, classes, device, rank, world)
     for line in describe(results, samples.kind):
         print0(line)

@@ -113,7 +113,8 @@ IN1K = Recipe(                                                # release: in1k_VI
     model="vit_b", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), repeats=1, clips=1,
     rand_augment="rand-m9-mstd0.5-inc1", batch_size=2048, lr=2e-3, lr_batch=512, warmup_lr=1e-8,
     layer_decay=0.65, clip_grad=0.0, device_batch=64)
-# release: SSv2's MViTv2-L 40x3, but for expand, pool, head_init_scale and the start. There a square
+# release: SSv2's MViTv2-L 40x3, but for expand, pool, head_init_scale and the start, which is
+# MaskFeat's here, and with it the mean and the deviation. There a square
 # of 312 is cut from a picture whose shorter side is 356 to 446: 0.37 to 0.58 of one of 4:3. Here
 # the crop's aspect varies as well.
 SSV2 = replace(
@@ -121,8 +122,7 @@ SSV2 = replace(
     flip=0.0, mixup=0.0, cutmix=0.0, crop_scale=(0.37, 0.58), drop_path=0.75, dropout=0.5,
     rand_augment="rand-m7-n4-mstd0.5-inc1", optimizer="sgd", epochs=40, batch_size=128, lr=1.25e-3,
     lr_batch=8, warmup_epochs=3, warmup_lr=1e-6, min_lr=1e-6, layer_decay=1.0, weight_decay=1e-4,
-    clip_grad=2.0, mean=IN1K.mean, std=IN1K.std, clips=1, crops=3, checkpointing=True,
-    device_batch=1)
+    clip_grad=2.0, clips=1, crops=3, checkpointing=True, device_batch=1)
 RECIPES = {
     "tiny": Recipe(  # ours: two trainings and their tests in under five minutes on two CPU cores
         model="mvit_tiny", init="out/pretrain/last.pt", baseline=True, image_size=(64, 64),
@@ -142,8 +142,7 @@ RECIPES = {
     "ssv2_mvitv2_s": replace(
         SSV2, model="mvitv2_s", image_size=(224, 224), num_frames=16, sampling_rate=4, mixup=0.8,
         cutmix=1.0, epochs=100, batch_size=256, lr=2.5e-3, lr_batch=16, warmup_lr=1e-4,
-        clip_grad=0.0, drop_path=0.4, mean=K400.mean, std=K400.std, checkpointing=False,
-        device_batch=8),
+        clip_grad=0.0, drop_path=0.4, checkpointing=False, device_batch=8),
     "ssv2_mvitv2_l_312_40x3": SSV2,                  # Table 5: 1 clip x 3 crops
     "in1k_vit_b": IN1K,                                                       # Tables 2, 7, 8
     "in1k_vit_l": replace(                           # Table 7; release: in1k_VIT_L_MaskFeat_FT
@@ -218,8 +217,7 @@ def make_dataset(recipe, samples):
     return data.FinetuneDataset(
         samples, recipe.image_size, recipe.num_frames if samples.kind == "video" else None,
         recipe.sampling_rate, seed=recipe.seed, scale=recipe.crop_scale, flip=recipe.flip,
-        augment=change, erase=erase, repeats=recipe.repeats, segments=recipe.segments,
-        short_side=round(max(recipe.image_size) / 0.875))     # release: 256 for 224
+        augment=change, erase=erase, repeats=recipe.repeats, segments=recipe.segments)
 
 
 def train(name, recipe, overrides, rank, world, device):

@@ -51,7 +51,8 @@ def build_maskfeat(recipe):
     patch = encoder.patch_stride[-1]
     grid, fields = (H // patch, W // patch), lambda *keys: {key: recipe[key] for key in keys}
     if target == "hog":
-        options = {"patch_size": patch, **fields("bins", "cell", "norm", "color", "gradient")}
+        options = {"patch_size": patch, "scale": recipe.get("hog_scale", 1.0),
+                   **fields("bins", "cell", "norm", "color", "gradient")}
     elif target == "pixel":
         options = {"patch_size": patch, "norm": recipe["pixel_norm"]}
     elif target == "dvae":

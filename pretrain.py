@@ -63,6 +63,7 @@ class Recipe:
     bins: int = option(9, "HOG orientation bins")                                     # Table 8
     cell: int = option(8, "HOG cell side in pixels")
     norm: str = option("l2", "HOG normalization", ("none", "l1", "l2"))
+    hog_scale: float = option(1.0, "factor on HOG, for norm=none, whose numbers are large")   # ours
     color: str = option("rgb", "HOG color space", ("gray", "rgb", "opponent"))
     gradient: str = option("sobel", "HOG filter: release, or difference", ("sobel", "central"))
     pixel_norm: str = option("dataset", "pixel target: paper, or release", ("dataset", "patch"))
@@ -137,7 +138,8 @@ def check(recipe, samples):
                          "choose another --target")
     engine.check_numbers(recipe, positive=(
         "epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every", "clip_grad",
-        "sampling_rate", "output_stride", "patch_size", "cell", "bins", "label_classes"))
+        "sampling_rate", "output_stride", "patch_size", "cell", "bins", "label_classes",
+        "hog_scale"))
     if not 0 < recipe.mask_ratio < 1:
         raise ValueError(f"mask_ratio={recipe.mask_ratio} is not between 0 and 1")
     if not 0 < recipe.crop_scale[0] <= recipe.crop_scale[1] <= 1:

@@ -34,22 +34,24 @@ def masked_mse(prediction, target, mask):
 class HOGTarget(nn.Module):
     """HOG of each patch (Sec. 2.2, Table 8): 3 colors x 9 bins x 2x2 cells = 108 numbers.
 
-    patch_size: pixels per output token, a multiple of `cell`. Other arguments: see `hog.HOG`.
+    patch_size: pixels per output token, a multiple of `cell`. scale: factor on all numbers. Other
+    arguments: see `hog.HOG`.
     """
     input_kind = "frames"
 
-    def __init__(self, patch_size=16, bins=9, cell=8, norm="l2", color="rgb", gradient="sobel"):
+    def __init__(self, patch_size=16, bins=9, cell=8, norm="l2", color="rgb", gradient="sobel",
+                 scale=1.0):
         super().__init__()
         if patch_size % cell:
             raise ValueError(f"patch of {patch_size} pixels is not a multiple of HOG cell {cell}: "
                              f"use a cell that divides {patch_size}")
-        self.hog = HOG(bins, cell, norm, color, gradient)
+        self.hog, self.scale = HOG(bins, cell, norm, color, gradient), scale
         self.cells = patch_size // cell                             # along a side of a patch
         self.dim = (1 if color == "gray" else 3) * bins * self.cells ** 2
 
     def forward(self, frames):
         histograms = self.hog(frames.flatten(0, 1))                 # (B*t, C, bins, H/cell, W/cell)
-        return patch_hog(histograms, self.cells).reshape(len(frames), -1, self.dim)
+        return patch_hog(histograms, self.cells).reshape(len(frames), -1, self.dim) * self.scale
 
     loss = staticmethod(masked_mse)
 
@@ -153,7 +155,10 @@ class TokenTarget(nn.Module):
 
     def forward(self, view):
         """(B, t, 3, 8h, 8w) uint8 -> (B, t*h*w) int64."""
-        return self.teacher(view.flatten(0, 1).float() / 255).argmax(1).reshape(len(view), -1)
+        # bfloat16 would change up to 5 % of the tokens.
+        with torch.autocast("cpu" if view.is_meta else view.device.type, enabled=False):
+            logits = self.teacher(view.flatten(0, 1).float() / 255)            # (B*t, 8192, h, w)
+        return logits.argmax(1).reshape(len(view), -1)
 
     @staticmethod
     def loss(prediction, target, mask):

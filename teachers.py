@@ -69,10 +69,8 @@ class Encoder(nn.Module):
         self.blocks = nn.Sequential(layers)
 
     def forward(self, images):
-        """RGB in [0, 1], (B, 3, 8h, 8w) -> logits (B, 8192, h, w). The last layer is float32."""
-        x = self.blocks[:-1](0.8 * images + 0.1)                        # (B, 2048, h, w)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.blocks.output(x.float())
+        """RGB in [0, 1], (B, 3, 8h, 8w) -> logits (B, 8192, h, w)."""
+        return self.blocks(0.8 * images + 0.1)
 
 
 # --------------------------------------------------------------------------------------- ResNet-50

@@ -46,11 +46,12 @@ def test_crop_box_falls_back_to_the_center():
 def test_crop_resize_is_plain_bilinear_and_pil_bicubic():
     clip = np.random.default_rng(0).integers(0, 256, (3, 3, 50, 70), dtype=np.uint8)
     clip, box, size = torch.from_numpy(clip), (5, 7, 41, 32), (16, 24)
-    exact = F.interpolate(clip[..., 5:46, 7:39].double(), size, mode="bilinear",
-                          align_corners=False, antialias=False)
-    result = data.crop_resize(clip, box, size)
-    assert result.shape == (3, 3, 16, 24) and result.dtype == torch.uint8
-    assert (result.double() - exact).abs().max() <= 0.5 + 1e-4
+    for rows, antialias in ((32, False), (41, True)):    # to half the height, and to less
+        exact = F.interpolate(clip[..., 5:5 + rows, 7:39].double(), size, mode="bilinear",
+                              align_corners=False, antialias=antialias)
+        result = data.crop_resize(clip, (5, 7, rows, 32), size)
+        assert result.shape == (3, 3, 16, 24) and result.dtype == torch.uint8
+        assert (result.double() - exact).abs().max() <= 0.5 + 1e-4
     image = Image.fromarray(clip[0].permute(1, 2, 0).numpy())
     reference = np.asarray(image.crop((7, 5, 39, 46)).resize((24, 16), Image.BICUBIC))
     result = data.crop_resize(image, box, size)
@@ -146,7 +147,7 @@ def test_pretraining_draws_what_it_always_drew(monkeypatch):
     for kind, ending, frames in (("video", "mp4", 4), ("image", "jpg", None)):
         paths = [f"{k}.{ending}" for k in range(5)]
         samples = layouts.Samples(kind, paths, [0, 1, 2, 3, 4], [])
-        items = data.PretrainDataset(samples, (32, 40), frames, 2, random_mask, 3)
+        items = data.PretrainDataset(samples, (32, 40), frames, 2, random_mask, 3, short_side=256)
         for item in (items[epoch, index] for epoch in range(3) for index in range(5)):
             x, mask = item["x"].flatten(), item["mask"].flatten()
             log.append((x[0].item(), item["label"], mask.tolist()))
@@ -340,6 +341,22 @@ def test_views_of_images(tmp_path):
     for view, left in zip(three, (0, 10, 20), strict=True):
         assert np.array_equal(view.permute(1, 2, 0).numpy(), reference[:, left:left + 30])
     assert data.read_views(tmp_path / "a.png", (20, 61)).shape == (1, 3, 20, 61)
+
+
+def test_center_of_a_clip_is_rounded_up(monkeypatch):
+    frames = torch.arange(33, dtype=torch.uint8).expand(2, 3, 29, 33)
+    monkeypatch.setattr(data.video, "read_at", lambda *_: frames)
+    for crops, lefts in ((1, [3]), (3, [0, 3, 5])):      # (33 - 28) / 2 = 2.5
+        views = data.read_views("a.mp4", (28, 28), 2, crops=crops)
+        assert views[:, 0, 0, 0, 0].tolist() == lefts
+
+
+def test_training_and_test_see_clips_alike(videos):
+    """Random crops are cut from frames about as large as those of a test, at any image size."""
+    samples = layouts.Samples("video", [str(videos["short.mp4"])], [0], [])
+    for data_set in (data.PretrainDataset, data.FinetuneDataset):
+        for size, side in ((224, 256), (64, 73), (48, 55)):
+            assert data_set(samples, (size, size), 2).short_side == side
 
 
 def test_view_dataset_draws_nothing_and_counts_every_file(clip_set, monkeypatch):

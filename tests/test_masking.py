@@ -153,6 +153,14 @@ def test_long_narrow_grids_reach_the_ratio():
     assert 0 < cube_mask((8, 1, 1), 0.4, rng).sum() <= 3
 
 
+def test_high_ratios_are_reached():
+    """Ten failed attempts at the first block used to leave a single token."""
+    for grid in ((7, 7), (8, 8), (14, 14)):
+        for ratio in (0.8, 0.9, 0.95):
+            shares = [block_mask(grid, ratio, random.Random(seed)).mean() for seed in range(1000)]
+            assert min(shares) > 0.6 and abs(np.mean(shares) - ratio) < 0.03
+
+
 def test_the_generator_alone_decides():
     for make, grid in ((block_mask, (14, 14)), (cube_mask, (8, 14, 14)), (tube_mask, (8, 14, 14)),
                        (frame_mask, (8, 14, 14))):

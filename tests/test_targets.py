@@ -146,7 +146,17 @@ def test_dvae_takes_raw_pixels(made):
     with torch.no_grad():
         logits = target.teacher(view[1, 2:].float() / 255)[0]              # (8192, 1, 2)
         assert torch.equal(target(view)[1, 4:], logits.argmax(0).flatten())
-    assert target(view).shape == (2, 6) and target.dim == 8192
+    tokens = target(view)
+    assert tokens.shape == (2, 6) and target.dim == 8192
+    with torch.autocast("cpu", torch.bfloat16):                            # float32 all the same
+        logits = target.teacher(view.flatten(0, 1).float() / 255)
+        assert logits.dtype == torch.bfloat16 and torch.equal(target(view), tokens)
+
+
+def test_scale_of_hog():
+    frames = torch.rand(1, 2, 3, 32, 32)
+    plain, scaled = (targets.HOGTarget(norm="none", scale=scale) for scale in (1.0, 0.0115))
+    assert torch.equal(scaled(frames), plain(frames) * 0.0115)
 
 
 # ----------------------------------------------------------------------------------- pseudo-labels

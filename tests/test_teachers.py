@@ -85,10 +85,6 @@ def test_dvae(golden, tmp_path):
             np.testing.assert_allclose(top[0] - top[1], want[1], atol=2 * atol)
             stats = [logits.double().mean(), logits.double().std(correction=0), logits.abs().max()]
             np.testing.assert_allclose(stats, z[prefix + "logits_mean_std_max"], rtol=1e-5)
-        with torch.autocast("cpu", torch.bfloat16):
-            mixed = louder(noise)[0]
-    assert mixed.dtype == torch.float32 and not torch.equal(mixed, logits)
-    assert (mixed.argmax(0) == logits.argmax(0)).float().mean() > 0.9
 
 
 @pytest.mark.slow

@@ -45,6 +45,8 @@ TABLES = {
     "8": ("HOG, ViT-B on ImageNet-1K", "image", [
         ("hog", "l2, rgb, 9 bins, cells of 8x8", 83.6, ""),
         ("hog-none", "no normalization", 82.2, "--norm none"),
+        ("hog-none-scaled", "no normalization, at the scale of l2", "", "--norm none "
+         "--hog-scale 0.0115"),
         ("hog-l1", "l1", 82.8, "--norm l1"),
         ("hog-gray", "gray", 83.2, "--color gray"),
         ("hog-opponent", "opponent colors", 83.5, "--color opponent"),
