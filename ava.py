@@ -122,7 +122,7 @@ class Recipe:
 AVA = Recipe()  # MViTv1, MViTv2: SGD, 0.6 at 512, 30 epochs, drop path 0.4
 RECIPES = {
     "tiny": Recipe(  # ours: minutes on two CPU cores
-        model="mvit_tiny", image_size=(64, 64), num_frames=8, sampling_rate=4, jitter=(64, 80),
+        model="mvit_nano", image_size=(64, 64), num_frames=8, sampling_rate=4, jitter=(64, 80),
         drop_path=0.0, optimizer="adamw", epochs=14, batch_size=8, lr=2e-3, lr_batch=8,
         warmup_epochs=1, warmup_lr=1e-5, min_lr=1e-5, weight_decay=0.05, clip_grad=1.0,
         val_epochs=4, baseline=True, device_batch=8, checkpointing=False, compile="off"),
@@ -856,7 +856,8 @@ def main():
     print0 = tqdm.write if rank == 0 else lambda line: None
     if recipe.eval:
         recipe, detector = load_for_test(recipe, overrides, print0)
-    if device.type == "cpu" and "device_batch" not in overrides and recipe.model != "mvit_tiny":
+    if not (device.type == "cuda" or "device_batch" in overrides
+            or recipe.model.endswith(("_nano", "_tiny"))):
         recipe = replace(recipe, device_batch=1)  # faster on a CPU, and smaller
     if recipe.dry_run:
         return dry_run(recipe, device, print0)

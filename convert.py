@@ -40,9 +40,9 @@ FORMATS = {
     "timm": (r"^blocks\.\d+\.attn\.qkv\.", [("fc_norm.", "norm.")])}
 
 # (axes of the stem's kernel, width, depth) -> model
-KINDS = {(5, 64, 3): "mvit_tiny", (5, 96, 16): "mvitv2_s", (5, 96, 24): "mvitv2_b",
-         (5, 144, 48): "mvitv2_l", (4, 128, 6): "vit_tiny", (4, 768, 12): "vit_b",
-         (4, 1024, 24): "vit_l"}
+KINDS = {(5, 32, 3): "mvit_nano", (5, 64, 3): "mvit_tiny", (5, 96, 16): "mvitv2_s",
+         (5, 96, 24): "mvitv2_b", (5, 144, 48): "mvitv2_l", (4, 128, 6): "vit_tiny",
+         (4, 768, 12): "vit_b", (4, 1024, 24): "vit_l"}
 
 
 def recognize(checkpoint):

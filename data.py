@@ -7,6 +7,7 @@ Release: SlowFast's Kinetics, SSv2 and ImageNet loaders with the MaskFeat settin
   changes no sample.
 
     python data.py --check DIR      # decode every file under DIR; exit status 1 if one is unusable
+    python data.py --stats DIR      # mean and deviation of its colors, as flags for the scripts
 """
 
 import argparse
@@ -344,6 +345,44 @@ def normalize(x, mean, std):
     return x.float().div(255).sub(mean).div(std)
 
 
+def color_stats(samples, count):
+    """(mean, standard deviation) of the colors in [0, 1], two lists of three numbers.
+
+    Of the middle frame of `count` files, spread over the samples. Unreadable files are left out.
+    """
+    sums = []
+    for path in samples.paths[::max(len(samples) // count, 1)][:count]:
+        try:
+            image = read_image(path) if samples.kind == "image" else read_clip(
+                path, 1, position=0.5, short_side=None)[0].permute(1, 2, 0).numpy()
+        except UnreadableFile:
+            continue
+        pixels = np.asarray(image).reshape(-1, 3) / 255
+        sums.append([pixels.mean(axis=0), np.square(pixels).mean(axis=0)])
+    if not sums:
+        raise ValueError(f"none of {count} files in {samples.root} can be read")
+    mean, square = np.mean(sums, axis=0)
+    return mean.round(3).tolist(), np.sqrt(square - mean ** 2).round(3).tolist()
+
+
+def stats_flags(mean, std):
+    return f"--mean {' '.join(map(str, mean))} --std {' '.join(map(str, std))}"
+
+
+def warn_of_stats(samples, mean, std, count=16):
+    """A line if the colors of `count` files are far from what the recipe expects, else "".
+
+    Far: the mean is off by more than half a deviation, or the contrast is less than a third.
+    """
+    own_mean, own_std = color_stats(samples, count)
+    offset = max(abs(a - b) / s for a, b, s in zip(own_mean, mean, std))
+    contrast = min(a / s for a, s in zip(own_std, std))
+    if offset <= 0.5 and contrast >= 1 / 3:
+        return ""
+    return (f"note: the colors of {samples.root} are far from {stats_flags(mean, std)}; in {count} "
+            f"files: {stats_flags(own_mean, own_std)}")
+
+
 # --------------------------------------------------------------------------------- views for a test
 
 
@@ -619,7 +658,7 @@ def make_view_loader(dataset, indices, batch_size, workers, pin_memory=False):
     return make_loader(dataset, batches, workers, pin_memory)
 
 
-# ----------------------------------------------------------------------- python data.py --check DIR
+# ------------------------------------------------------------- python data.py --check, --stats DIR
 
 
 def check_file(path):
@@ -676,11 +715,15 @@ def check(folder, workers):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Check that every file of a data set decodes.")
-    parser.add_argument("--check", metavar="DIR", required=True)
-    parser.add_argument("--workers", type=int, default=engine.usable_cores())
+    parser = argparse.ArgumentParser(description="Check a data set, or measure its colors.")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--check", metavar="DIR", help="decode every file")
+    task.add_argument("--stats", metavar="DIR", help="mean and deviation of up to 200 files")
+    parser.add_argument("--workers", type=int, default=engine.usable_cores(), help="of --check")
     options = parser.parse_args()
-    sys.exit(check(options.check, options.workers))
+    if options.check:
+        sys.exit(check(options.check, options.workers))
+    print(stats_flags(*color_stats(layouts.find_samples(options.stats, "train"), 200)))
 
 
 if __name__ == "__main__":

@@ -219,12 +219,14 @@ def should_compile(choice, device, print0=print):
 def plan_batch(recipe, samples, world, is_given, print0):
     """(recipe with its final batch_size, samples per forward pass, passes per rank and step).
 
-    A batch that was not given is at most 1/16 of the samples. A rank's share is cut into the fewest
-    equal parts of at most device_batch. Raises ValueError if the batch does not divide.
+    A batch that was not given is at most 1/16 of the samples, but 8 if there are as many. A rank's
+    share is cut into the fewest equal parts of at most device_batch. Raises ValueError if the batch
+    does not divide.
     """
     size = recipe.batch_size
     if not is_given and size > samples // 16:
-        size = max(2 ** int(math.log2(max(samples // 16, 1))) // world, 1) * world
+        size = max(2 ** int(math.log2(max(samples // 16, 1))), min(size, samples, 8))
+        size = max(size // world, 1) * world
         print0(f"batch_size {recipe.batch_size} -> {size}: the data set has only {samples} samples")
     if size % world:
         raise ValueError(f"batch_size={size} is no multiple of the {world} processes: use one")

@@ -282,7 +282,8 @@ def extract(model, recipe, classes, device, rank, world, print0):
     forward, features = on_views(model.features, recipe, device), {}
     for split in ("train", "val") if recipe.probe else ("val",):
         samples = layouts.find_samples(recipe.data, split,
-                                       recipe.limit_per_class if split == "train" else 0)
+                                       recipe.limit_per_class if split == "train" else 0,
+                                       recipe.seed)
         dataset = view_dataset(samples, recipe, recipe.clips, recipe.crops)
         records, unreadable = over_views(forward, dataset, recipe, device, rank, world,
                                          f"features of {split}")

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import engine
 from engine import option
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -79,7 +80,7 @@ class Recipe:
     weight_decay: float = option(0.05, "on tensors of two or more dimensions")
     beta2: float = option(0.999, "AdamW")
     clip_grad: float = option(5.0, "largest total gradient norm; 0: no clipping")
-    limit_per_class: int = option(0, "train on that many files a class; 0: all")
+    limit_per_class: int = option(0, "train on that many files a class, drawn by --seed; 0: all")
     seed: int = option(0, "of everything random")
     # testing
     clips: int = option(10, "clips per video, from its start to its end")            # Table 3
@@ -91,6 +92,7 @@ class Recipe:
     out: str = option("out/finetune", "folder for checkpoint, log and results")
     resume: bool = option(False, "go on from OUT/last.pt if there is one, without --init")
     baseline: bool = option(False, "then the same from scratch, in OUT/scratch, to compare")
+    seeds: int = option(1, "with --baseline: compare that many seeds, the others in OUT/seed<N>")
     device_batch: int = option(8, "most samples per GPU and forward pass, a pair on a CPU")
     amp: str = option("auto", "precision; auto: bf16 on a GPU (fp16 before Ampere), fp32 on a CPU",
                       ("auto", "fp32", "bf16", "fp16"))
@@ -123,13 +125,19 @@ SSV2 = replace(
     rand_augment="rand-m7-n4-mstd0.5-inc1", optimizer="sgd", epochs=40, batch_size=128, lr=1.25e-3,
     lr_batch=8, warmup_epochs=3, warmup_lr=1e-6, min_lr=1e-6, layer_decay=1.0, weight_decay=1e-4,
     clip_grad=2.0, clips=1, crops=3, checkpointing=True, device_batch=1)
+TINY = Recipe(                                                # ours: small clips on a CPU
+    model="mvit_nano", init="out/pretrain/last.pt", baseline=True, image_size=(48, 48),
+    num_frames=4, sampling_rate=8, drop_path=0.0, crop_scale=(0.5, 1.0), flip=0.0, rand_augment="",
+    erase=0.0, repeats=1, mixup=0.0, cutmix=0.0, smoothing=0.0, epochs=18, batch_size=8, lr=2e-3,
+    lr_batch=8, warmup_epochs=2, warmup_lr=1e-5, min_lr=1e-5, clip_grad=1.0, layer_decay=1.0,
+    clips=3, crop_ratio=1.0, val_epochs=6, compile="off")
+# Without --data: few labels, so that the pre-training counts, and as many steps as both need.
+FEW_LABELS = {"limit_per_class": 2, "epochs": 80, "warmup_epochs": 8.0, "val_epochs": 0, "clips": 1,
+              "seeds": 3}
 RECIPES = {
-    "tiny": Recipe(  # ours: two trainings and their tests in under five minutes on two CPU cores
-        model="mvit_tiny", init="out/pretrain/last.pt", baseline=True, image_size=(64, 64),
-        num_frames=8, drop_path=0.0, crop_scale=(0.5, 1.0), flip=0.0, rand_augment="", erase=0.0,
-        repeats=1, mixup=0.0, cutmix=0.0, smoothing=0.0, epochs=18, batch_size=8, lr=2e-3,
-        lr_batch=8, warmup_epochs=2, warmup_lr=1e-5, min_lr=1e-5, clip_grad=1.0, layer_decay=1.0,
-        clips=3, crop_ratio=1.0, val_epochs=6, compile="off"),
+    "tiny": TINY,
+    "mvit_tiny": replace(                                     # ours: 64x64 clips on a CPU
+        TINY, model="mvit_tiny", image_size=(64, 64), num_frames=8, sampling_rate=4),
     "k400_mvitv2_s": K400,                                                    # Tables 1, 3, 6
     "k400_mvitv2_b": replace(K400, model="mvitv2_b"),                         # ours, by analogy
     "k400_mvitv2_l": K400_L,                                                  # Table 3
@@ -163,8 +171,8 @@ RECIPES = {
         crop_scale=(0.35, 1.0), drop_path=0.0, crop_ratio=1.0, val_epochs=10),
 }
 # A resumed run may change where and how it runs, and how it is tested.
-RUN_FIELDS = {"data", "out", "init", "resume", "baseline", "device_batch", "amp", "compile",
-              "checkpointing", "workers", "save_minutes", "log_every", "clips", "crops",
+RUN_FIELDS = {"data", "out", "init", "resume", "baseline", "seeds", "device_batch", "amp",
+              "compile", "checkpointing", "workers", "save_minutes", "log_every", "clips", "crops",
               "crop_ratio", "val_epochs"}
 
 
@@ -175,7 +183,7 @@ def check(recipe, overrides):
     engine.check_numbers(
         recipe, shares=("drop_path", "dropout", "smoothing", "flip", "erase", "crop_ratio"),
         positive=("epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every", "clips",
-                  "sampling_rate", "patch_size", "repeats", "layer_decay", "crop_ratio"),
+                  "sampling_rate", "patch_size", "repeats", "layer_decay", "crop_ratio", "seeds"),
         not_negative=("num_classes", "clip_grad", "mixup", "cutmix", "val_epochs",
                       "limit_per_class", "warmup_epochs"))
     for name in ("drop_path", "dropout", "smoothing"):
@@ -225,7 +233,8 @@ def train(name, recipe, overrides, rank, world, device):
     print0 = tqdm.write if rank == 0 else lambda line: None
     # ---------------------------------------------------------------------------------------- data
     samples, classes = engine.from_rank0(
-        layouts.find_labeled, recipe.data, "train", (), recipe.num_classes, recipe.limit_per_class)
+        layouts.find_labeled, recipe.data, "train", (), recipe.num_classes, recipe.limit_per_class,
+        recipe.seed)
     val_samples, _ = engine.from_rank0(layouts.find_labeled, recipe.data, "val", classes)
     models.check_kind(recipe.model, samples)
     recipe, device_batch, accumulate = engine.plan_batch(
@@ -315,25 +324,38 @@ def main():
     rank, world, device = engine.init_distributed()
     print0 = tqdm.write if rank == 0 else lambda line: None
     if device.type == "cpu" and "device_batch" not in overrides \
-            and not recipe.model.endswith("_tiny"):
+            and not recipe.model.endswith(("_nano", "_tiny")):
         recipe = replace(recipe, device_batch=2 * recipe.repeats)             # mixup needs a pair
     if not recipe.data:
-        recipe = replace(recipe, data=synthetic.make_dataset("data/synthetic", print0=print0))
-    rows = {"fine-tuned": recipe}
+        few = {key: value for key, value in FEW_LABELS.items() if key not in overrides}
+        recipe = replace(
+            recipe, **few, data=synthetic.make_dataset("data/synthetic", print0=print0))
     if recipe.baseline and recipe.init:
-        scratch = os.path.join(recipe.out, "scratch")
-        rows["from scratch"] = replace(recipe, init="", out=scratch)
-    results = {}
-    for label, row in rows.items():
-        if len(rows) > 1:
-            print0(f"\n{label}:")
-        results[label], samples = train(name, row, overrides, rank, world, device)
-    if len(rows) > 1:
-        view = "clip" if samples.kind == "video" else "crop"
-        print0(f"\n{'':14}{samples.kind}-level top-1   {view}-level top-1   (same budget, "
-               f"{len(samples)} {samples.kind}s)")
-        for label, result in results.items():
-            print0(f"{label:14}{100 * result['top1']:17.2f}{100 * result['view_top1']:19.2f}")
+        return compare(name, recipe, overrides, rank, world, device, print0)
+    train(name, recipe, overrides, rank, world, device)
+
+
+def compare(name, recipe, overrides, rank, world, device, print0):
+    """Fine-tune and train from scratch with each seed, and print both side by side."""
+    top1 = {"fine-tuned": [], "from scratch": []}
+    seeds = range(recipe.seed, recipe.seed + recipe.seeds)
+    for seed in seeds:
+        out = recipe.out if seed == recipe.seed else os.path.join(recipe.out, f"seed{seed}")
+        for label, row in (("fine-tuned", replace(recipe, seed=seed, out=out)),
+                           ("from scratch", replace(recipe, seed=seed, init="",
+                                                    out=os.path.join(out, "scratch")))):
+            print0(f"\n{label}, seed {seed}:")
+            result, samples = train(name, row, overrides, rank, world, device)
+            top1[label].append(100 * result["top1"])
+    labels = f"{recipe.limit_per_class} labels a class" if recipe.limit_per_class else "all labels"
+    print0(f"\ntop-1 in percent on {len(samples)} {samples.kind}s, {labels}, same budget")
+    print0(f"{'':14}" + "".join(f"{f'seed {seed}':>8}" for seed in seeds) + f"{'mean':>8}")
+    for label, values in top1.items():
+        print0(f"{label:14}" + "".join(f"{v:8.2f}" for v in [*values, np.mean(values)]))
+    tuned, scratch = top1.values()
+    apart = min(tuned) > max(scratch) and len(seeds) > 1
+    print0(f"pre-training: {np.mean(tuned) - np.mean(scratch):+.1f} points"
+           + "; each fine-tuned run is above each run from scratch" * apart)
 
 
 if __name__ == "__main__":

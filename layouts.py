@@ -8,8 +8,8 @@ import csv
 import hashlib
 import json
 import os
+import random
 import re
-from collections import Counter
 from dataclasses import dataclass, field, replace
 
 VIDEO = ("mp4", "webm", "mkv", "avi", "mov")
@@ -57,11 +57,12 @@ def media_kind(path):
     return "video" if ending in VIDEO else "image" if ending in IMAGE else None
 
 
-def find_samples(root, split="train", limit_per_class=0):
+def find_samples(root, split="train", limit_per_class=0, seed=0):
     """Lists the media files of one split in a fixed order: that of the list, or sorted.
 
     root: folder in one of LAYOUTS. SSv2's json goes before a csv, a csv before folders.
-    split: "train" or "val". limit_per_class: keep that many files of each class, 0 keeps all.
+    split: "train" or "val". limit_per_class: keep that many files of each class, drawn by the seed,
+    0 keeps all.
     Returns Samples. Labels index `classes`, which are the same for both splits.
     Raises FileNotFoundError without such a folder, ValueError if it has no sample or mixes kinds.
     """
@@ -97,7 +98,7 @@ def find_samples(root, split="train", limit_per_class=0):
                          f"{len(paths) - videos} images; put them into separate data folders")
     kind = "video" if videos else "image"
     samples = Samples(kind, paths, labels, classes, ignored, missing, root)
-    return _limit(samples, limit_per_class) if limit_per_class else samples
+    return _limit(samples, limit_per_class, seed) if limit_per_class else samples
 
 
 def _read_folders(folders, split):
@@ -120,13 +121,13 @@ def _read_folders(folders, split):
     return paths, labels, classes, ignored
 
 
-def find_labeled(root, split, classes=(), num_classes=0, limit_per_class=0):
+def find_labeled(root, split, classes=(), num_classes=0, limit_per_class=0, seed=0):
     """(samples, names of the classes) of one split whose files all have labels.
 
     classes, num_classes: what the names and their number must be, if known already. Classes without
     names are called by their numbers. Raises ValueError if the data do not agree.
     """
-    samples = find_samples(root, split, limit_per_class)
+    samples = find_samples(root, split, limit_per_class, seed)
     if unlabeled := sum(label < 0 for label in samples.labels):
         raise ValueError(f"{root}: {unlabeled} of the {len(samples)} files in its {split} part "
                          "have no label: put them into a folder per class, or give a csv of labels")
@@ -153,14 +154,13 @@ def find_labeled(root, split, classes=(), num_classes=0, limit_per_class=0):
     return samples, names
 
 
-def _limit(samples, limit):
-    """At most `limit` files of each class, evenly spread over it in order. Nothing is random."""
-    sizes, seen, chosen = Counter(samples.labels), Counter(), []
+def _limit(samples, limit, seed):
+    """At most `limit` files of each class, drawn by the seed, in their order."""
+    members = {}
     for i, label in enumerate(samples.labels):
-        size, n, rank = sizes[label], min(limit, sizes[label]), seen[label]
-        if rank * n // size < (rank + 1) * n // size:    # the last of the next of n equal parts
-            chosen.append(i)
-        seen[label] += 1
+        members.setdefault(label, []).append(i)
+    chosen = sorted(i for label, own in members.items()
+                    for i in random.Random(f"{seed} {label}").sample(own, min(limit, len(own))))
     return replace(samples, paths=[samples.paths[i] for i in chosen],
                    labels=[samples.labels[i] for i in chosen])
 

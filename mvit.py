@@ -315,6 +315,11 @@ class MViT(nn.Module):
         return self.head(F.dropout(x, self.dropout, self.training))
 
 
+def mvit_nano(**kw):
+    """0.1 M parameters, output stride 8: an example that a CPU trains in a minute."""
+    return MViT(32, 1, (1, 2), **{"output_stride": 8, "kv_stride": 4, **kw})
+
+
 def mvit_tiny(**kw):
     """0.5 M parameters, output stride 8, for small clips on a CPU. Not in the paper."""
     return MViT(64, 2, (1, 2), **{"output_stride": 8, "kv_stride": 4, **kw})
@@ -335,4 +340,5 @@ def mvitv2_l(**kw):
     return MViT(144, 2, (2, 6, 36, 4), **kw)
 
 
-MODELS = {"mvit_tiny": mvit_tiny, "mvitv2_s": mvitv2_s, "mvitv2_b": mvitv2_b, "mvitv2_l": mvitv2_l}
+MODELS = {"mvit_nano": mvit_nano, "mvit_tiny": mvit_tiny, "mvitv2_s": mvitv2_s,
+          "mvitv2_b": mvitv2_b, "mvitv2_l": mvitv2_l}

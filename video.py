@@ -19,6 +19,7 @@ from PIL import Image
 TARGET_FPS = 30      # release: sampling_rate counts frames of a 30 fps video
 CLOCK_SLACK = 6e-4   # s; Matroska rounds the time of a frame to a millisecond
 MAY_LACK = 0.5       # s by which a video may end before its header says so
+SCALING = "AREA"     # each pixel is the mean over its area, as in the release's torchvision decoder
 REORDERED = 1        # s by which a packet may come after one that is shown later
 LOOK_AHEAD = 2000    # packets held in memory to learn which frames to skip
 EXACT_HEADERS = "mov,mp4,m4a,3gp,3g2,mj2", "avi", "mpegts"    # they time the picture by itself
@@ -310,8 +311,7 @@ def to_rgb(frame, min_size):
             high, wide = wide, high
         scale = max(high / frame.height, wide / frame.width)
     size = round(frame.width * scale), round(frame.height * scale)
-    # Each pixel is the mean over its area, as in torchvision's decoder, which the release uses.
-    rgb = frame.reformat(*size, "rgb24", interpolation="AREA", threads=1).to_ndarray()  # (H, W, 3)
+    rgb = frame.reformat(*size, "rgb24", interpolation=SCALING, threads=1).to_ndarray()
     return np.rot90(rgb, quarter_turns(frame)).transpose(2, 0, 1)
 
 

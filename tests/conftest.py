@@ -38,7 +38,7 @@ def clips(tmp_path_factory):
     code = ("import sys, numpy as np; from pathlib import Path\n"
             "from tools.synthetic import draw_clip, write_video\n"
             "for split, count in (('train', 6), ('val', 2)):\n"
-            "    for name in ('circle_growing', 'square_up_down'):\n"
+            "    for name in ('level_left_right', 'rings_up_down'):\n"
             "        folder = Path(sys.argv[1], split, name); folder.mkdir(parents=True)\n"
             "        for i in range(count):\n"
             "            rng = np.random.default_rng([i, len(split), len(name)])\n"

@@ -351,6 +351,25 @@ def test_center_of_a_clip_is_rounded_up(monkeypatch):
         assert views[:, 0, 0, 0, 0].tolist() == lefts
 
 
+def test_color_stats_and_their_warning(tmp_path):
+    colors = [(0, 50, 100), (40, 90, 140)]
+    for i, color in enumerate(colors):
+        Image.new("RGB", (8 + i, 9), color).save(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_text("no image")
+    samples = layouts.Samples("image", [str(tmp_path / f"{i}.png") for i in range(3)], [0] * 3, [],
+                              root=str(tmp_path))
+    mean, std = data.color_stats(samples, 3)             # 20 of 255 about each mean
+    assert mean == [0.078, 0.275, 0.471] and std == [0.078] * 3
+    assert data.warn_of_stats(samples, mean, std) == ""
+    assert data.warn_of_stats(samples, [m + 0.03 for m in mean], [2.9 * s for s in std]) == ""
+    for wrong in (([m + 0.05 for m in mean], std), (mean, [3.1 * s for s in std])):
+        warning = data.warn_of_stats(samples, *wrong)
+        assert "--mean 0.078 0.275 0.471 --std 0.078 0.078 0.078" in warning
+    samples = layouts.Samples("image", samples.paths[2:], [0], [], root=str(tmp_path))
+    with pytest.raises(ValueError, match="can be read"):
+        data.color_stats(samples, 3)
+
+
 def test_training_and_test_see_clips_alike(videos):
     """Random crops are cut from frames about as large as those of a test, at any image size."""
     samples = layouts.Samples("video", [str(videos["short.mp4"])], [0], [])

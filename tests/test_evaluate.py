@@ -15,7 +15,7 @@ def test_ranks_and_views(clips, finetuned, tmp_path):
     """A test over two ranks, of a number of files that does not divide, equals one over one."""
     odd, checkpoint = tmp_path / "odd", tmp_path / "last.pt"
     shutil.copytree(clips, odd)
-    (odd / "val/circle_growing/0.mp4").unlink()
+    (odd / "val/level_left_right/0.mp4").unlink()
     shutil.copy(finetuned[0] / "last.pt", checkpoint)
     found = {}
     for processes in (1, 2):
@@ -30,19 +30,19 @@ def test_ranks_and_views(clips, finetuned, tmp_path):
 def test_unreadable_video_is_named_not_replaced(clips, finetuned, tmp_path):
     bad, checkpoint = tmp_path / "bad", tmp_path / "last.pt"
     shutil.copytree(clips, bad)
-    (bad / "val/circle_growing/0.mp4").write_bytes(b"not a video")
+    (bad / "val/level_left_right/0.mp4").write_bytes(b"not a video")
     shutil.copy(finetuned[0] / "last.pt", checkpoint)
     output = runs.run_well("evaluate.py", checkpoint, "--data", bad, "--clips", 1, "--workers", 0)
     assert "1 videos could not be read and are not counted" in output
-    assert "circle_growing/0.mp4" in output
+    assert "level_left_right/0.mp4" in output
     result = json.loads((tmp_path / "last_1x1.json").read_text())
     assert result["files"] == 3 and len(result["unreadable"]) == 1
-    assert [result["per_class"][name][1] for name in ("circle_growing", "square_up_down")] == [1, 2]
+    assert [count for _, count in result["per_class"].values()] == [1, 2]
 
 
 @pytest.mark.slow
 def test_predict_features_probe(clips, finetuned, pretrained, tmp_path):
-    checkpoint, video = finetuned[0] / "last.pt", clips / "val/circle_growing/0.mp4"
+    checkpoint, video = finetuned[0] / "last.pt", clips / "val/level_left_right/0.mp4"
     done = runs.run("evaluate.py", checkpoint, "--predict", video, tmp_path / "none.mp4",
                     finetuned[0] / "last_2x1.png")
     output = done.stdout + done.stderr
@@ -50,7 +50,7 @@ def test_predict_features_probe(clips, finetuned, pretrained, tmp_path):
     for words in ("none.mp4", "2 of 3 files cannot be read", "takes videos"):
         assert words in output, words
     shares = {name: float(p) for p, name in re.findall(r"([\d.]+) %  (\w+)", output)}
-    assert set(shares) == {"circle_growing", "square_up_down"}
+    assert set(shares) == {"level_left_right", "rings_up_down"}
     assert sum(shares.values()) == pytest.approx(100, abs=0.02)
     out = tmp_path / "features.npz"
     output = runs.run_well("evaluate.py", pretrained[0] / "last.pt", "--data", clips, "--features",
@@ -58,7 +58,7 @@ def test_predict_features_probe(clips, finetuned, pretrained, tmp_path):
     found = np.load(out)
     assert found["features"].shape == (4, 128) and np.isfinite(found["features"]).all()
     assert found["features"].std() > 0 and found["labels"].tolist() == [0, 0, 1, 1]
-    assert found["paths"][3] == "val/square_up_down/1.mp4"
+    assert found["paths"][3] == "val/rings_up_down/1.mp4"
     assert re.search(r"best on val: [\d.]+ with lr [\d.]+ \(chosen on val itself", output)
 
 

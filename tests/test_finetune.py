@@ -2,6 +2,7 @@
 import json
 import re
 import shutil
+import sys
 
 from engine import layer_id, param_groups, read_checkpoint
 
@@ -12,6 +13,8 @@ import torch
 from PIL import Image
 from runs import SCRATCH, log_of
 
+import finetune
+import layouts
 from models import build_classifier
 
 
@@ -38,7 +41,7 @@ def test_run(finetuned, pretrained):
                   "from scratch", "same budget"):
         assert words in output, words
     checkpoint = read_checkpoint(out / "last.pt")
-    assert checkpoint["classes"] == ["circle_growing", "square_up_down"]
+    assert checkpoint["classes"] == ["level_left_right", "rings_up_down"]
     assert checkpoint["recipe"]["num_classes"] == 2
     before, after = read_checkpoint(pretrained[0] / "last.pt")["model"], checkpoint["model"]
     moved = [(after[name] - before["encoder." + name]).abs().max()
@@ -101,7 +104,7 @@ def test_other_model_other_classes_empty_validation(clips, pretrained, finetuned
     more = tmp_path / "more"                                  # a third class
     shutil.copytree(clips, more)
     for split in ("train", "val"):
-        shutil.copytree(clips / split / "circle_growing", more / split / "triangle_rotating")
+        shutil.copytree(clips / split / "level_left_right", more / split / "checks_left_right")
     assert "3 classes, not 2" in runs.refusal(monkeypatch, capsys, "evaluate",
                                               finetuned[0] / "last.pt", "--data", more)
     output = runs.run_well("finetune.py", *flags_of(
@@ -115,20 +118,43 @@ def test_other_model_other_classes_empty_validation(clips, pretrained, finetuned
     assert not (tmp_path / "out").exists()
 
 
+def test_comparison_over_seeds(monkeypatch, capsys):
+    """Without data: few labels, three seeds of both, each in a folder of its own."""
+    seen, scratch = {}, {}
+
+    def train(name, recipe, *_):
+        seen[recipe.out] = recipe.seed, recipe.init, recipe.limit_per_class
+        samples = layouts.Samples("video", ["a.mp4"] * 300, [0] * 300, [])
+        return {"top1": 0.5 + 0.01 * recipe.seed if recipe.init else scratch["top1"]}, samples
+
+    monkeypatch.setattr(finetune, "train", train)
+    monkeypatch.setattr(finetune.synthetic, "make_dataset", lambda folder, print0: folder)
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "--out", "o", "--seed", "4", "--init", "i"])
+    for scratch["top1"], apart in ((0.2, True), (0.545, False)):
+        finetune.main()
+        output = capsys.readouterr().out
+        assert "2 labels a class" in output and ("is above each run" in output) == apart
+        assert re.search(r"fine-tuned +54.00 +55.00 +56.00 +55.00\n", output)
+    assert f"pre-training: {55 - 54.5:+.1f} points" in output
+    assert seen == {
+        "o": (4, "i", 2), "o/scratch": (4, "", 2), "o/seed5": (5, "i", 2),
+        "o/seed5/scratch": (5, "", 2), "o/seed6": (6, "i", 2), "o/seed6/scratch": (6, "", 2)}
+
+
 def test_unlabeled_data_are_refused(clips, tmp_path, monkeypatch, capsys):
     def refused(data):
         return runs.refusal(monkeypatch, capsys, "finetune",
                             *flags_of(data, tmp_path / "out", *SCRATCH))
     flat, one = tmp_path / "flat", tmp_path / "one"
     for split in ("train", "val"):
-        shutil.copytree(clips / split / "circle_growing", flat / split)
-        shutil.copytree(clips / split / "circle_growing", one / split / "circle_growing")
+        shutil.copytree(clips / split / "level_left_right", flat / split)
+        shutil.copytree(clips / split / "level_left_right", one / split / "level_left_right")
     assert "no label" in refused(flat)
     for split in ("train", "val"):                            # a csv of paths alone
         paths = "".join(f"{path}\n" for path in (flat / split).iterdir())
         (tmp_path / f"{split}.csv").write_text(paths)
     assert "6 of the 6 files" in refused(tmp_path)
-    assert "one class only, circle_growing" in refused(one)
+    assert "one class only, level_left_right" in refused(one)
 
 
 @pytest.mark.parametrize("model, decay, stem", [

@@ -182,15 +182,19 @@ def test_layout_imagenet(tmp_path):
         layouts.find_samples(tmp_path / "flat", "val")
 
 
-def test_limit_per_class_spreads_evenly_and_keeps_the_order(tmp_path):
+def test_limit_per_class_is_drawn_by_the_seed_and_keeps_the_order(tmp_path):
     touch(tmp_path, *[f"train/a/{k:02}.png" for k in range(12)])
     touch(tmp_path, *[f"train/b/{k:02}.png" for k in range(3)])
-    samples = layouts.find_samples(tmp_path, limit_per_class=4)
-    assert samples.labels == [0] * 4 + [1] * 3
-    assert [int(os.path.basename(path)[:2]) for path in samples.paths] == [2, 5, 8, 11, 0, 1, 2]
+    drawn = set()
+    for seed in range(60):
+        samples = layouts.find_samples(tmp_path, limit_per_class=4, seed=seed)
+        assert samples.labels == [0] * 4 + [1] * 3 and samples.paths == sorted(samples.paths)
+        drawn.update(samples.paths)
+    assert len(drawn) == 12 + 3                          # each file has its turn
+    assert samples == layouts.find_samples(tmp_path, limit_per_class=4, seed=59)
     everything = layouts.find_samples(tmp_path, limit_per_class=100)
     assert everything.paths == layouts.find_samples(tmp_path).paths
     (tmp_path / "train.csv").write_text("".join(f"train/a/{k:02}.png {k % 2}\n" for k in range(12)))
-    assert layouts.find_samples(tmp_path, limit_per_class=1).labels == [0, 1]
+    assert sorted(layouts.find_samples(tmp_path, limit_per_class=1).labels) == [0, 1]
     with pytest.raises(ValueError, match="limit_per_class=-1"):
         layouts.find_samples(tmp_path, limit_per_class=-1)

@@ -1,24 +1,29 @@
 """Checkpoints that an earlier version wrote load, and their runs go on from them.
 
-Both runs were stopped by SIGTERM after step 4 of 9, on the clips of conftest.py, with `tiny` below.
+Both runs were stopped by SIGTERM after step 4 of 9, on golden/old_clips, with `tiny` below.
 """
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 from engine import read_checkpoint
 
 import pytest
 import runs
 import torch
+import torch.nn.functional as F
 from conftest import GOLDEN, ROOT
 
+import data
 import models
 import mvit
+import video
 from convert import load_weights
 
-FLAGS = ["--image-size", 32, "--frames", 4, "--sampling-rate", 2, "--batch-size", 4, "--epochs",
-         3, "--warmup-epochs", 1, "--log-every", 1, "--workers", 0, "--drop-path", 0.2]
+FLAGS = ["--model", "mvit_tiny", "--image-size", 32, "--frames", 4, "--sampling-rate", 2,
+         "--batch-size", 4, "--epochs", 3, "--warmup-epochs", 1, "--log-every", 1, "--workers", 0,
+         "--drop-path", 0.2]
 # script: (its further flags, the losses of steps 5 to 9 by the version that wrote the file)
 RUNS = {
     "pretrain": (["--output-stride", 8], [0.10979, 0.10394, 0.09896, 0.09812, 0.10092]),
@@ -31,6 +36,16 @@ RUNS = {
 
 def tiny(**kw):
     return mvit.MViT(8, 1, (1, 1), **{"output_stride": 8, "kv_stride": 4, **kw})
+
+
+def restore_pixels(script):
+    """The pixels as they were: frames scaled bilinearly, and in pre-training to a short side of
+    256, from which crops were scaled without antialiasing."""
+    video.SCALING = "BILINEAR"
+    if script == "pretrain":
+        data.decoded_side = lambda image_size: 256
+        data.F = SimpleNamespace(
+            interpolate=lambda *args, antialias, **kw: F.interpolate(*args, **kw))
 
 
 @pytest.mark.parametrize("script", RUNS)
@@ -54,14 +69,15 @@ def test_loads(script, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", RUNS)
-def test_resumes(script, clips, tmp_path):
+def test_resumes(script, tmp_path):
     """The run goes on to its end, with the losses that the earlier version had."""
     more, losses = RUNS[script]
     shutil.copy(GOLDEN / f"old_{script}.pt", tmp_path / "last.pt")
     code = ("import engine, mvit, models, test_old_checkpoints as test\n"
             "mvit.MODELS['mvit_tiny'] = models.MODELS['mvit_tiny'] = test.tiny\n"
+            f"test.restore_pixels({script!r})\n"
             f"import {script}; engine.run_main({script}.main)")
-    flags = ["--data", clips, "--out", tmp_path, "--resume", *FLAGS, *more]
+    flags = ["--data", GOLDEN / "old_clips", "--out", tmp_path, "--resume", *FLAGS, *more]
     done = subprocess.run([sys.executable, "-c", code, *map(str, flags)], capture_output=True,
                           text=True, cwd=ROOT / "tests", timeout=300,
                           env={**runs.ENV, "PYTHONPATH": str(ROOT)})

@@ -46,7 +46,7 @@ def test_moved_data_resume_and_changed_data_are_refused(clips, tmp_path, pretrai
     shutil.copytree(clips, copy)
     shutil.copytree(pretrained[0], out)
     runs.run_well("pretrain.py", *flags_of(copy, out, "--resume"))
-    os.rename(copy / "train/circle_growing/0.mp4", copy / "train/circle_growing/new.mp4")
+    os.rename(copy / "train/level_left_right/0.mp4", copy / "train/level_left_right/new.mp4")
     flags = flags_of(copy, out, "--resume")
     assert "are not those" in runs.refusal(monkeypatch, capsys, "pretrain", *flags)
 
@@ -55,7 +55,7 @@ def test_moved_data_resume_and_changed_data_are_refused(clips, tmp_path, pretrai
 def test_unreadable_files_are_named_once(clips, tmp_path):
     salted = tmp_path / "salted"
     shutil.copytree(clips / "train", salted / "train")
-    folder = salted / "train/circle_growing"
+    folder = salted / "train/level_left_right"
     for i in range(6):
         shutil.copy(folder / "0.mp4", folder / f"more{i}.mp4")
     (folder / "bad.mp4").write_bytes(b"")
@@ -66,7 +66,7 @@ def test_unreadable_files_are_named_once(clips, tmp_path):
     for words in ("1 other files ignored", "1 unreadable files replaced", "no validation part"):
         assert words in output, words
     for i in range(3):
-        (salted / f"train/square_up_down/text{i}.mp4").write_text("not a video")
+        (salted / f"train/rings_up_down/text{i}.mp4").write_text("not a video")
     done = runs.run("pretrain.py", *flags_of(salted, tmp_path / "out2", "--epochs", 20))
     assert done.returncode == 2
     assert re.search(r"of 22 files cannot be read, more than 10%.*bad.mp4", done.stderr)

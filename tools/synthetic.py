@@ -1,8 +1,10 @@
 """Small made-up data sets, for trying the code without a download. They are not part of the paper.
 
-Clips: 3 shapes x 4 motions, 20 for training and 5 for validation of each class, 128x96, 30 fps, 48
-to 64 frames. Striped shapes move over a striped background under changing light. Movies (--ava):
-100 in AVA's layout, 160x120, with boxes and classes. The content depends on the seed only.
+Clips: 6 patterns x 2 motions, 30 for training and 25 for validation of each class, 96x72, 30 fps,
+36 to 48 frames. A shape of a pattern moves over an even ground under changing light. The contrast
+is high: from clips of low contrast a short pre-training learns the mean histogram and no more.
+Movies (--ava): 100 in AVA's layout, 160x120, with boxes and classes. The content depends on the
+seed only.
 
     python -m tools.synthetic FOLDER [--ava] [--seed N]
 """
@@ -19,22 +21,24 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-FPS, MARGIN, TURN = 30, 8, 2 * np.pi         # MARGIN: pixels that the background may move
+VERSION, FPS, TURN = 2, 30, 2 * np.pi
 SHAPES = ("circle", "square", "triangle")
-MOTIONS = ("left_right", "up_down", "rotating", "growing")
-CLIPS, MOVIES = {"train": 20, "val": 5}, {"train": 80, "val": 20}  # clips of each class, all movies
+PATTERNS = ("upright", "rising", "level", "falling", "checks", "rings")  # four stripes, two more
+MOTIONS = ("left_right", "up_down")
+CLIPS = {"train": 30, "val": 25}             # of each class
+MOVIES = {"train": 80, "val": 20}
 MOVIE_START, SECONDS = 901, (902, 903, 904)  # AVA's boxes begin at second 902
 ACTIONS = ("move left and right", "move up and down", "turn round", "grow and shrink")
 SHAPE_CLASS = 11                             # to 13: the shape, a class that is not evaluated
 
 
 def make_dataset(folder, seed=0, print0=print, what="videos"):
-    """Make {train,val}/<shape>_<motion>/NNN.mp4 in the folder, or with what="movies" {annotations,
-    videos} in the layout of AVA v2.2, unless it was made before. Returns the folder.
+    """Make {train,val}/<pattern>_<motion>/NNN.mp4 in the folder, or with what="movies"
+    {annotations, videos} in the layout of AVA v2.2, unless it was made before. Returns the folder.
 
     Raises ValueError if the folder holds something else, OSError if the videos cannot be made.
     """
-    path, mark = Path(folder).absolute(), f"synthetic {what}, version 1, seed {seed}\n"
+    path, mark = Path(folder).absolute(), f"synthetic {what}, version {VERSION}, seed {seed}\n"
     if not path.exists() or not any(path.iterdir()):
         print0(f"no --data: making {what} in {folder}, once")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,15 +51,16 @@ def make_dataset(folder, seed=0, print0=print, what="videos"):
             (new / "synthetic.txt").write_text(mark)
             with contextlib.suppress(OSError):              # another process was faster
                 new.rename(path)
-    if not (path / "synthetic.txt").is_file() or (path / "synthetic.txt").read_text() != mark:
-        raise ValueError(f"{folder} holds something else than {mark.strip()}: "
-                         "name another folder or remove it")
+    found = (path / "synthetic.txt").read_text() if (path / "synthetic.txt").is_file() else ""
+    if found != mark:
+        raise ValueError(f"{folder} holds {found.strip() or 'something else'}, not {mark.strip()}: "
+                         "remove it, or name it with --data")
     return folder
 
 
 def write_videos(folder, seed):
-    jobs = [(folder, seed, split, f"{shape}_{motion}", number) for split, count in CLIPS.items()
-            for shape, motion, number in itertools.product(SHAPES, MOTIONS, range(count))]
+    jobs = [(folder, seed, split, f"{pattern}_{motion}", number) for split, count in CLIPS.items()
+            for pattern, motion, number in itertools.product(PATTERNS, MOTIONS, range(count))]
     with ProcessPoolExecutor(min(os.cpu_count(), 8)) as pool:
         list(pool.map(_write_clip, *zip(*jobs)))
 
@@ -125,60 +130,54 @@ def _random_box(rng):
 
 
 def draw_clip(rng, name):
-    """Draw a clip of one class, such as "circle_up_down". Returns (T, 96, 128, 3) uint8."""
-    kind, motion = name.split("_", 1)
-    frames, paint = rng.integers(48, 65), _random_stripes(rng, 7, 12, [0.8, 0.35])
-    background, colors = _draw_background(rng, rng.uniform() < 0.5, 96, 128)
-    drift = rng.uniform(-MARGIN / 64, MARGIN / 64, 2)       # pixels per frame
-    shape = dict(kind=kind, motion=MOTIONS.index(motion), amplitudes=np.array([34, 22, 0.45]),
-                 paint=paint, radius=rng.uniform(15, 23), angle=rng.uniform(0, TURN),
-                 center=(64, 48) + rng.uniform(-8, 8, 2), period=rng.uniform(36, 56),
+    """Draw a clip of one class, such as "rising_up_down". Returns (T, 72, 96, 3) uint8."""
+    pattern, motion = name.split("_", 1)
+    ground, colors = _draw_colors(rng)
+    shape = dict(kind=SHAPES[rng.integers(3)], motion=MOTIONS.index(motion),
+                 radius=rng.uniform(26, 36), amplitudes=np.array([16, 12, 0]),
+                 paint=_draw_pattern(rng, pattern, colors), angle=rng.uniform(0, TURN),
+                 center=(48, 36) + rng.uniform(-8, 8, 2), period=rng.uniform(36, 48),
                  phase=rng.uniform(0, TURN))
-    angle, period, phase = rng.uniform(0, TURN), rng.uniform(60, 120), rng.uniform(0, TURN)
-    shape["turn"] = rng.choice([-1, 1]) * TURN / rng.uniform(40, 70)
-    y, x = np.mgrid[:96, :128].astype(np.float32)
-    slope = 0.7 + 0.6 * (_rotate(x - 64, y - 48, angle)[0][..., None] / 128)
-    light = [1 + 0.25 * np.sin(TURN * t / period + phase) * slope for t in range(frames)]
-    return _render(background, drift, [shape], colors, light)[0]
+    light, phase = rng.uniform(0.05, 0.2), rng.uniform(0, TURN)
+    light = 1 + light * np.sin(TURN * np.arange(rng.integers(36, 49)) / 40 + phase)
+    return _render(ground, (72, 96), [shape], light)[0]
 
 
 def draw_movie(rng):
     """Draw two or three shapes, each with one motion. Returns (T, 120, 160, 3) uint8, and a list of
     (second, box in fractions of the width and height, labels from 1, person)."""
-    dark, count = rng.uniform() < 0.5, rng.integers(2, 4)
-    background, colors = _draw_background(rng, dark, 120, 160)
-    drift = rng.uniform(-MARGIN / 128, MARGIN / 128, 2)
+    count, (ground, _) = rng.integers(2, 4), _draw_colors(rng)
     shapes = [dict(                                         # side by side, drawn in any order
         kind=SHAPES[rng.integers(3)], motion=rng.integers(4), amplitudes=np.array([13, 13, 0.35]),
         radius=rng.uniform(14, 19),
         center=(160 * (column + 0.5) / count + rng.uniform(-6, 6), 60 + rng.uniform(-28, 28)),
         angle=rng.uniform(0, TURN), turn=rng.choice([-1, 1]) * TURN / rng.uniform(50, 80),
         period=rng.uniform(24, 40), phase=rng.uniform(0, TURN),
-        paint=_random_stripes(rng, 12, 20, [0.8, 0.35])) for column in rng.permutation(count)]
+        paint=_draw_pattern(rng, PATTERNS[rng.integers(4)], _draw_colors(rng)[1]))
+        for column in rng.permutation(count)]
     light = [1] * FPS * (SECONDS[-1] + 1 - MOVIE_START)
-    movie, boxes = _render(background, drift, shapes, colors, light)
+    movie, boxes = _render(ground, (120, 160), shapes, light)
     labels = [(s["motion"] + 1, SHAPES.index(s["kind"]) + SHAPE_CLASS) for s in shapes]
     return movie, [(second, boxes[FPS * (second - MOVIE_START)][i], labels[i], i)
                    for second in SECONDS for i in range(count)]
 
 
-def _render(background, drift, shapes, colors, light):
+def _render(ground, size, shapes, light):
     """(T, H, W, 3) uint8, and for each frame the boxes of the shapes in fractions."""
-    height, width = (side - 2 * MARGIN for side in background.shape[:2])
-    y, x = np.mgrid[:height, :width]
+    height, width = size
+    y, x = np.mgrid[:height, :width].astype(np.float32)
     movie, boxes = [], [[] for _ in light]
     for t, brightness in enumerate(light):
-        left, top = (MARGIN + drift * t).round().astype(int)
-        picture = background[top:top + height, left:left + width].copy()
+        picture = np.broadcast_to(ground, (height, width, 3))
         for s in shapes:
             right, down, larger = s["amplitudes"] * np.sin(TURN * t / s["period"] + s["phase"])
-            cx = s["center"][0] + (s["motion"] == 0) * right
-            cy = s["center"][1] + (s["motion"] == 1) * down
+            u = x - s["center"][0] - (s["motion"] == 0) * right
+            v = y - s["center"][1] - (s["motion"] == 1) * down
             r = s["radius"] * (1 + (s["motion"] == 3) * larger)
-            u, v = _rotate(x - cx, y - cy, s["angle"] + (s["motion"] == 2) * s["turn"] * t)
-            inside = _inside(s["kind"], u, v, r)            # the texture moves with the shape
-            front = s["paint"](u * s["radius"] / r, v * s["radius"] / r, *colors)
-            picture += (front - picture) * inside
+            turn = (s["motion"] == 2) * s["turn"] * t if "turn" in s else 0
+            inside = _inside(s["kind"], *_rotate(u, v, s["angle"] + turn), r)
+            u, v = _rotate(u * s["radius"] / r, v * s["radius"] / r, turn)
+            picture = picture + (s["paint"](u, v) - picture) * inside    # moves with the shape
             rows, columns = np.nonzero(inside[..., 0] > 0.5)
             corners = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
             boxes[t].append(corners / (width, height, width, height))
@@ -186,33 +185,26 @@ def _render(background, drift, shapes, colors, light):
     return np.stack(movie), boxes
 
 
-def _draw_background(rng, dark, height, width):
-    """Overlapping striped boxes and discs: (height, width, 3), plus MARGIN on all sides. Returns
-    two colors for the shapes as well. dark: the shapes are darker."""
-    low = np.array([rng.uniform(10, 60, 3), rng.uniform(70, 130, 3)])
-    high = np.array([rng.uniform(140, 180, 3), rng.uniform(200, 250, 3)])
-    colors, shape_colors = (high, low) if dark else (low, high)
-    y, x = np.mgrid[:height + 2 * MARGIN, :width + 2 * MARGIN].astype(np.float32)
-    picture = _random_stripes(rng, 10, 16, [0.8])(x, y, *colors)
-    for _ in range(16):
-        a, cx, cy = (rng.uniform(0, end) for end in (np.pi, x.shape[1], x.shape[0]))
-        u, v = _rotate(x - cx, y - cy, a)
-        shape, flatness = rng.choice(SHAPES[:2]), rng.uniform(0.5, 1)
-        inside = _inside(shape, u, v * flatness, rng.uniform(14, 30))
-        stripes = _random_stripes(rng, 10, 16, [0.8])(x, y, *colors)
-        picture = picture + (stripes - picture) * inside
-    return picture, shape_colors
+def _draw_colors(rng):
+    """The color of an even ground, of a middle tone, and a dark and a bright color for a shape."""
+    return rng.uniform(70, 170, 3), (rng.uniform(10, 110, 3), rng.uniform(140, 250, 3))
 
 
-def _random_stripes(rng, shortest, longest, weights):
-    """A function that paints waves of any direction: points x, y -> (H, W, 3), a mix of colors."""
-    waves = [(rng.uniform(0, np.pi), rng.uniform(shortest, longest), rng.uniform(0, TURN), weight)
-             for weight in weights]
+def _draw_pattern(rng, pattern, colors):
+    """A function that paints points u, v from the center of a shape: (H, W, 3)."""
+    length, phase = rng.uniform(8, 12), rng.uniform(0, TURN)
+    tilt = np.deg2rad(rng.uniform(-12, 12) + 45 * (PATTERNS[:4].index(pattern)
+                                                   if pattern in PATTERNS[:4] else 0))
 
-    def paint(x, y, one, other):
-        wave = sum(weight * np.sin(TURN * (x * np.cos(a) + y * np.sin(a)) / length + phase)
-                   for a, length, phase, weight in waves)
-        return one + (other - one) * np.clip(0.5 + 0.5 * wave, 0, 1)[..., None]
+    def paint(u, v):
+        across, along = _rotate(u, v, tilt)
+        if pattern == "rings":
+            wave = np.sin(TURN * np.hypot(u, v) / length + phase)
+        elif pattern == "checks":
+            wave = 2 * np.sin(TURN * across / length + phase) * np.sin(TURN * along / length)
+        else:
+            wave = np.sin(TURN * across / length + phase)
+        return colors[0] + (colors[1] - colors[0]) * np.clip(0.5 + 0.7 * wave, 0, 1)[..., None]
     return paint
 
 
