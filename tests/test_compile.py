@@ -78,7 +78,7 @@ def slow(*row):
 
 @pytest.mark.parametrize("name, options, amp", [
     slow("mvit_tiny", {}, "fp32"), slow("mvit_tiny", {"drop_path": 0.3}, "bf16"),
-    ("mvit_tiny", {"checkpointing": True}, "fp32"), ("vit_tiny", {}, "fp32"),
+    slow("mvit_tiny", {"checkpointing": True}, "fp32"), ("vit_tiny", {}, "fp32"),
     ("vit_tiny", {"drop_path": 0.3}, "bf16")])
 def test_pretraining_step_is_one_graph_compiled_once(name, options, amp):
     _, *counts = train(maskfeat(name, **options), pretraining_loss, name, amp)

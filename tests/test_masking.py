@@ -157,7 +157,7 @@ def test_high_ratios_are_reached():
     """Ten failed attempts at the first block used to leave a single token."""
     for grid in ((7, 7), (8, 8), (14, 14)):
         for ratio in (0.8, 0.9, 0.95):
-            shares = [block_mask(grid, ratio, random.Random(seed)).mean() for seed in range(1000)]
+            shares = [block_mask(grid, ratio, random.Random(seed)).mean() for seed in range(200)]
             assert min(shares) > 0.6 and abs(np.mean(shares) - ratio) < 0.03
 
 
