@@ -509,7 +509,7 @@ def test_errors(movies, finished, script, monkeypatch, tmp_path):
             (ValueError, "--draw", ["--draw", "a.png"]),
             (ValueError, "--data", ["--eval", last, "--data", ""]),
             (ValueError, "--resume", [*data, "--out", out, "--init", ""]),
-            (ValueError, "--model mvit_tiny",
+            (ValueError, "--model mvit_nano",
              [*data, "--init", last, "--recipe", "ava_mvitv2_s_16x4"]),
             (ValueError, "--expand mlp", [*data, "--init", last, "--expand", "attn"]),
             (ValueError, "lr=1", [*data, "--out", out, *FLAGS, "--resume", "--lr", 1]),

@@ -56,7 +56,7 @@ def test_predict_features_probe(clips, finetuned, pretrained, tmp_path):
     output = runs.run_well("evaluate.py", pretrained[0] / "last.pt", "--data", clips, "--features",
                            out, "--probe")
     found = np.load(out)
-    assert found["features"].shape == (4, 128) and np.isfinite(found["features"]).all()
+    assert found["features"].shape == (4, 64) and np.isfinite(found["features"]).all()
     assert found["features"].std() > 0 and found["labels"].tolist() == [0, 0, 1, 1]
     assert found["paths"][3] == "val/rings_up_down/1.mp4"
     assert re.search(r"best on val: [\d.]+ with lr [\d.]+ \(chosen on val itself", output)
