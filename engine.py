@@ -227,6 +227,7 @@ def plan_batch(recipe, samples, world, is_given, print0):
     if not is_given and size > samples // 16:
         size = max(2 ** int(math.log2(max(samples // 16, 1))), min(size, samples, 8))
         size = max(size // world, 1) * world
+    if size != recipe.batch_size:
         print0(f"batch_size {recipe.batch_size} -> {size}: the data set has only {samples} samples")
     if size % world:
         raise ValueError(f"batch_size={size} is no multiple of the {world} processes: use one")

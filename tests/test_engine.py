@@ -269,3 +269,18 @@ def test_wrong_flags_fail(argv, capsys):
         parse_recipe(RECIPES, "", argv.split())
     assert exit.value.code == 2
     assert argv.split()[0].lstrip("-") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size, samples, world, planned", [
+    (256, 24, 1, 8), (256, 60, 2, 8), (256, 5, 1, 5), (256, 1000, 1, 32), (4, 24, 1, 4),
+    (256, 100, 3, 6), (32, 10_000, 1, 32)])
+def test_automatic_batch(size, samples, world, planned):
+    """At most 1/16 of the samples, but eight if there are as many, and alike on each process."""
+    @dataclasses.dataclass
+    class Recipe:
+        batch_size: int = size
+        device_batch: int = 8
+    lines = []
+    recipe, device_batch, parts = engine.plan_batch(Recipe(), samples, world, False, lines.append)
+    assert recipe.batch_size == planned == world * device_batch * parts
+    assert bool(lines) == (planned != size)
