@@ -374,6 +374,7 @@ def main():
     rank, world, device = engine.init_distributed()
     print0 = tqdm.write if rank == 0 else lambda line: None
     recipe, model, classes = load(flags, print0)
+    stored_names = bool(classes)
     model.to(device).eval()
     needs_head = not (flags.features or flags.probe)
     if needs_head and not recipe.num_classes:
@@ -388,12 +389,16 @@ def main():
         raise ValueError("--data is required")
     if flags.probe:
         _, classes = layouts.find_labeled(recipe.data, "train")
-        layouts.find_labeled(recipe.data, "val", classes=classes)
+        layouts.check_splits(layouts.find_labeled(recipe.data, "train")[0],
+                             layouts.find_labeled(recipe.data, "val", classes=classes)[0])
     if not needs_head:
         return extract(model, recipe, classes, device, rank, world, print0)
     samples, classes = layouts.find_labeled(recipe.data, "val", classes=classes,
                                             num_classes=recipe.num_classes)
     models.check_kind(recipe.model, samples)
+    if samples.classes and not stored_names:
+        print0(f"note: the checkpoint names none of its {len(classes)} classes: they are taken to "
+               f"be those of the data in this order: {', '.join(classes[:3])} ...")
     stem = os.path.splitext(flags.checkpoint)[0]
     run_test(model, recipe, samples, classes, stem, device, rank, world, print0)
 

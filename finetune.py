@@ -236,6 +236,7 @@ def train(name, recipe, overrides, rank, world, device):
         layouts.find_labeled, recipe.data, "train", (), recipe.num_classes, recipe.limit_per_class,
         recipe.seed)
     val_samples, _ = engine.from_rank0(layouts.find_labeled, recipe.data, "val", classes)
+    layouts.check_splits(samples, val_samples)
     models.check_kind(recipe.model, samples)
     recipe, device_batch, accumulate = engine.plan_batch(
         replace(recipe, num_classes=len(classes)), len(samples), world,

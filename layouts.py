@@ -5,11 +5,14 @@ frames, where the official json files and videos do here. Uses only the standard
 """
 
 import csv
+import difflib
 import hashlib
+import io
 import json
 import os
 import random
 import re
+import unicodedata
 from dataclasses import dataclass, field, replace
 
 VIDEO = ("mp4", "webm", "mkv", "avi", "mov")
@@ -21,6 +24,7 @@ LAYOUTS = """accepted layouts:
   DIR/train.csv and DIR/val.csv   a line is: path label (or: path, or: path ignored label)
   the same files as Kinetics has them, with the header label,youtube_id,time_start,time_end,split
   Something-Something v2: labels.json, train.json and validation.json, <id>.webm below DIR
+  (lists may lie in DIR/annotations or DIR/labels, and a folder train be called training, train_256)
   a folder of unlabelled files, searched recursively (training only)"""
 
 
@@ -74,12 +78,12 @@ def find_samples(root, split="train", limit_per_class=0, seed=0):
     if not os.path.isdir(root):
         raise FileNotFoundError(f"no data folder {root}; {LAYOUTS}")
     tables = {name: _find_table(root, name) for name in ("train", "val")}
-    folders = {name: os.path.join(root, name) for name in ("train", "val")}
-    has_tables, has_folders = any(tables.values()), any(map(os.path.isdir, folders.values()))
+    folders = {name: _find_folder(root, name) for name in ("train", "val")}
+    has_tables, has_folders = any(tables.values()), any(folders.values())
     ignored, missing = [], []
     if has_tables and tables[split]:
         paths, labels, classes, missing = _table_reader(tables[split])(root, tables, split)
-    elif has_folders and not has_tables and os.path.isdir(folders[split]):
+    elif has_folders and not has_tables and folders[split]:
         paths, labels, classes, ignored = _read_folders(folders, split)
     elif has_tables or has_folders or split == "val":
         raise ValueError(f"{root} has no {split} split: neither a folder {split} nor a list of it, "
@@ -101,21 +105,52 @@ def find_samples(root, split="train", limit_per_class=0, seed=0):
     return _limit(samples, limit_per_class, seed) if limit_per_class else samples
 
 
+def _find_folder(root, split):
+    """The folder of a split: "train", or the only one with a name such as Training or train_256."""
+    exact, word = os.path.join(root, split), {"train": "train(ing)?", "val": "val(id(ation)?)?"}
+    if os.path.isdir(exact):
+        return exact
+    names = [entry.name for entry in os.scandir(root) if entry.is_dir()
+             and re.fullmatch(word[split] + r"([-_]?\d+)?", entry.name.lower())]
+    if len(names) > 1:
+        raise ValueError(f"{root} has {len(names)} folders for {split}, {', '.join(sorted(names))}:"
+                         f" call one of them {split}")
+    return os.path.join(root, names[0]) if names else None
+
+
+def class_name(text):
+    """A class by a name that different lists and file systems agree upon."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def sort_classes(names):
+    """In the order of their labels: by value if all are whole numbers, else as text."""
+    names = set(names)
+    return sorted(names, key=int if all(re.fullmatch("[0-9]+", name) for name in names) else None)
+
+
+def _has_media(folder):
+    return any(media_kind(name) for _, _, names in os.walk(folder, followlinks=True)
+               for name in names)
+
+
 def _read_folders(folders, split):
     """(paths, labels, classes, ignored files) of <split>/<class>/*; -1 where there is no class."""
-    classes = sorted({entry.name for folder in folders.values() if os.path.isdir(folder)
-                      for entry in os.scandir(folder)
-                      if entry.is_dir() and not entry.name.startswith(".")})
+    entries = [entry for folder in folders.values() if folder for entry in os.scandir(folder)
+               if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))]
+    empty = {entry.path for entry in entries if not _has_media(entry.path)}
+    classes = sort_classes(class_name(entry.name) for entry in entries if entry.path not in empty)
     media, ignored = walk(folders[split])
+    ignored += sorted(path for path in empty if os.path.dirname(path) == folders[split])
     if not classes:
         return media, [-1] * len(media), classes, ignored
     number = {name: label for label, name in enumerate(classes)}
     paths, labels = [], []
     for path in media:
         first, *rest = os.path.relpath(path, folders[split]).split(os.sep)
-        if rest:
+        if rest and class_name(first) in number:
             paths.append(path)
-            labels.append(number[first])
+            labels.append(number[class_name(first)])
         else:                                    # beside the class folders
             ignored.append(path)
     return paths, labels, classes, ignored
@@ -132,10 +167,12 @@ def find_labeled(root, split, classes=(), num_classes=0, limit_per_class=0, seed
         raise ValueError(f"{root}: {unlabeled} of the {len(samples)} files in its {split} part "
                          "have no label: put them into a folder per class, or give a csv of labels")
     named = list(samples.classes)
-    if classes and named and named != list(classes) and len(named) == len(classes) \
-            and not classes[0].isdigit():
-        raise ValueError(f"the classes of {root}, {', '.join(named[:3])} ..., are not those of the "
-                         f"checkpoint, {', '.join(classes[:3])} ...")
+    if not classes and not named and not num_classes:    # labels of a list
+        gaps = sorted(set(range(max(samples.labels) + 1)) - set(samples.labels))
+        if gaps:
+            raise ValueError(f"the labels in the {split} part of {root} go to {max(samples.labels)}"
+                             f" and leave {len(gaps)} gaps, first {gaps[0]}: number the classes "
+                             "from 0 without gaps, or give --num-classes")
     names = list(classes) or named or [
         str(i) for i in range(num_classes or max(samples.labels) + 1)]
     if len(named or names) != len(names):
@@ -148,10 +185,40 @@ def find_labeled(root, split, classes=(), num_classes=0, limit_per_class=0, seed
                          "or another --num-classes")
     if len(names) < 2:
         raise ValueError(f"{root} has one class only, {names[0]}: there is nothing to tell apart")
+    if classes and (named or all(name.isdigit() for name in classes)):
+        samples = _renumber(samples, named, [class_name(name) for name in classes], split)
     if max(samples.labels) >= len(names):
         raise ValueError(f"label {max(samples.labels)} in the {split} part of {root} is not one of "
                          f"{len(names)} classes")
     return samples, names
+
+
+def _renumber(samples, named, classes, split):
+    """The samples with labels in the order of `classes`, whatever their order in the data.
+
+    named: the classes of the data by label; without names a label is the name of its class.
+    """
+    used = sorted(set(samples.labels))
+    own = {label: named[label] if named else str(label) for label in used}
+    number = {name: label for label, name in enumerate(classes)}
+    if strange := [name for name in own.values() if name not in number]:
+        near = difflib.get_close_matches(strange[0], classes, 1, 0)
+        raise ValueError(f"{len(strange)} classes in the {split} part of {samples.root} are not "
+                         f"among the {len(classes)} that were trained, first {strange[0]!r} (the "
+                         f"nearest name is {near[0]!r}): rename them or take them out")
+    return replace(samples, labels=[number[own[label]] for label in samples.labels])
+
+
+def check_splits(train, val):
+    """Raise ValueError for a class with files to test, but none to train on."""
+    lost = sorted(set(val.labels) - set(train.labels))
+    if lost:
+        own = [train.classes[i] if train.classes else str(i) for i in sorted(set(train.labels))]
+        name = val.classes[lost[0]] if val.classes else str(lost[0])
+        raise ValueError(f"{len(lost)} classes of {train.root} have files to test and none to train"
+                         f" on, first {name!r} (the nearest name in the train part is "
+                         f"{difflib.get_close_matches(name, own, 1, 0)[0]!r}): rename them or take "
+                         "them out")
 
 
 def _limit(samples, limit, seed):
@@ -167,9 +234,13 @@ def _limit(samples, limit, seed):
 
 def walk(folder):
     """Media files and other files below a folder, both sorted; hidden folders are left out."""
-    media, other = [], []
+    media, other, seen = [], [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        if (real := os.path.realpath(parent)) in seen:   # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for name in names:
             path = os.path.join(parent, name)
             (media if media_kind(path) else other).append(path)
@@ -193,17 +264,36 @@ def _find_table(root, split):
 
 
 def _match(root, form):
-    """The file in root whose lower-case name has the form, of several the shortest, or None."""
-    names = [name for name in os.listdir(root) if re.fullmatch(form, name.lower())]
-    return os.path.join(root, min(names, key=lambda name: (len(name), name))) if names else None
+    """The file in root, or else in its annotations/ or labels/, whose lower-case name has the
+    form, of several the shortest, or None."""
+    for folder in (root, os.path.join(root, "annotations"), os.path.join(root, "labels")):
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        names = [name for name in names if re.fullmatch(form, name.lower())]
+        if names:
+            return os.path.join(folder, min(names, key=lambda name: (len(name), name)))
+
+
+def _read_text(path):
+    """The text of a list in UTF-8, or in UTF-16 with its mark. Other bytes are kept as they are."""
+    with open(path, "rb") as file:
+        text = file.read()
+    if text.startswith((b"\xff\xfe", b"\xfe\xff")):      # PowerShell
+        return text.decode("utf-16")
+    return text.decode("utf-8-sig", "surrogateescape")
+
+
+def _read_json(path):
+    try:
+        return json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}; get it again") from None
 
 
 def _table_reader(table):
     """The function below that reads a list."""
     if table.lower().endswith(".json"):
         return _read_something_table
-    with open(table, encoding="utf-8-sig", errors="surrogateescape") as file:
-        header = file.readline().replace(" ", "")
+    header = _read_text(table).partition("\n")[0].replace(" ", "").replace('"', "")
     official = header.startswith("label,youtube_id,time_start")
     return _read_kinetics_table if official else _read_path_table
 
@@ -216,27 +306,26 @@ def _read_path_table(root, tables, split):
                            r"(?:(?:\s+\S+)?\s+(?P<label>-?\d+))?", re.IGNORECASE)
     table, names = tables[split], {}             # names: one listing per folder
     paths, labels, missing = [], [], []
-    with open(table, encoding="utf-8-sig", errors="surrogateescape") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            match = line_form.fullmatch(line.strip())
-            if not match:
-                raise ValueError(
-                    f"{table}, line {number}: {line.strip()!r} is not 'path label'; separate by a "
-                    "space, end the path in a media ending or put it in double quotes")
-            name = match["plain"] or match["quoted"].replace('""', '"')
-            path = os.path.normpath(os.path.join(os.path.dirname(table), name))
-            parent, name = os.path.split(path)
-            if parent not in names:
-                names[parent] = set(os.listdir(parent)) if os.path.isdir(parent) else set()
-            if name not in names[parent]:
-                missing.append(path)
-                continue
-            if media_kind(path) is None:
-                raise ValueError(f"{table}, line {number}: {path} is no media file; take it out")
-            paths.append(path)
-            labels.append(int(match["label"] or -1))     # release: 0 without a label
+    for number, line in enumerate(_read_text(table).splitlines(), 1):
+        if not line.strip():
+            continue
+        match = line_form.fullmatch(line.strip())
+        if not match:
+            raise ValueError(
+                f"{table}, line {number}: {line.strip()!r} is not 'path label'; separate by a "
+                "space, end the path in a media ending or put it in double quotes")
+        name = match["plain"] or match["quoted"].replace('""', '"')
+        path = os.path.join(os.path.dirname(table), name)
+        parent, name = os.path.split(path)
+        if parent not in names:
+            names[parent] = set(os.listdir(parent or ".")) if os.path.isdir(parent or ".") else ()
+        if name not in names[parent]:
+            missing.append(path)
+            continue
+        if media_kind(path) is None:
+            raise ValueError(f"{table}, line {number}: {path} is no media file; take it out")
+        paths.append(path)
+        labels.append(int(match["label"] or -1))         # release: 0 without a label
     return paths, labels, [], missing
 
 
@@ -245,18 +334,22 @@ def _read_kinetics_table(root, tables, split):
     rows = {}
     for name, table in tables.items():           # both, so that a class has one label in each
         if table:
-            with open(table, encoding="utf-8-sig", newline="") as file:
-                rows[name] = list(csv.DictReader(file, skipinitialspace=True))
-    classes = sorted({row["label"] for part in rows.values() for row in part})
+            rows[name] = list(csv.DictReader(io.StringIO(_read_text(table)), skipinitialspace=True))
+    classes = sort_classes(class_name(row["label"] or "") for part in rows.values() for row in part)
     number = {name: label for label, name in enumerate(classes)}
     files, paths, labels, missing = _videos_by_name(root), [], [], []
-    for row in rows[split]:
-        start, end = float(row["time_start"] or 0), float(row.get("time_end") or 0)
+    for line, row in enumerate(rows[split], 2):
+        try:
+            start, end = float(row["time_start"] or 0), float(row.get("time_end") or 0)
+        except ValueError:
+            times = f"{row['time_start']!r} and {row.get('time_end')!r}"
+            raise ValueError(f"{tables[split]}, line {line}: the times {times} are not seconds; "
+                             "write 83, not 1:23") from None
         name = f"{row['youtube_id']}_{start:06.0f}_{end:06.0f}"
         path = files.get(name) or files.get(row["youtube_id"])
         if path:
             paths.append(path)
-            labels.append(number[row["label"]])
+            labels.append(number[class_name(row["label"] or "")])
         else:
             missing.append(name)
     return paths, labels, classes, missing
@@ -264,16 +357,17 @@ def _read_kinetics_table(root, tables, split):
 
 def _read_something_table(root, tables, split):
     """SSv2: {template without brackets: "label"}, and [{"id", "template" with them, ...}]."""
-    with open(_match(root, rf"{SSV2}labels\.json"), encoding="utf-8") as file:
-        number = {name: int(label) for name, label in json.load(file).items()}
+    number = {name: int(label)
+              for name, label in _read_json(_match(root, rf"{SSV2}labels\.json")).items()}
     classes = sorted(number, key=number.get)
     if [number[name] for name in classes] != list(range(len(classes))):
         raise ValueError(f"the labels json of {root} does not number its {len(classes)} templates "
                          "from 0 without a gap")
-    with open(tables[split], encoding="utf-8") as file:
-        rows = json.load(file)
     files, paths, labels, missing = _videos_by_name(root), [], [], []
-    for row in rows:
+    for position, row in enumerate(_read_json(tables[split])):
+        if not {"id", "template"} <= set(row):
+            raise ValueError(f"{tables[split]}, entry {position}: it lacks an id or a template; the"
+                             " lists of the test part have no labels, take train and validation")
         name, template = str(row["id"]), row["template"].replace("[", "").replace("]", "")
         if template not in number:
             raise ValueError(f"{tables[split]}, id {name}: the template {template!r} is not in the "

@@ -198,3 +198,100 @@ def test_limit_per_class_is_drawn_by_the_seed_and_keeps_the_order(tmp_path):
     assert sorted(layouts.find_samples(tmp_path, limit_per_class=1).labels) == [0, 1]
     with pytest.raises(ValueError, match="limit_per_class=-1"):
         layouts.find_samples(tmp_path, limit_per_class=-1)
+
+
+# ------------------------------------------------------------------------ labels that could mislead
+
+def test_a_class_of_one_split_is_refused(tmp_path):
+    touch(tmp_path, "train/air drumming/1.png", "train/b/1.png", "val/air_drumming/2.png",
+          "val/b/2.png")
+    train, val = (layouts.find_labeled(tmp_path, split)[0] for split in ("train", "val"))
+    with pytest.raises(ValueError, match="1 classes .*'air_drumming'.*nearest.*'air drumming'"):
+        layouts.check_splits(train, val)
+    (tmp_path / "val/air_drumming").rename(tmp_path / "val/air drumming")
+    layouts.check_splits(*(layouts.find_labeled(tmp_path, split)[0] for split in ("train", "val")))
+
+
+def test_one_class_under_two_spellings(tmp_path):
+    """NFC and NFD, and spaces at the ends. Folders without media are named and left out."""
+    touch(tmp_path, "train/caf\u00e9/1.png", "train/b/1.png", "val/cafe\u0301/2.png",
+          "val/b /2.png", "train/__MACOSX/b/1.png", "train/new folder/readme.txt")
+    (tmp_path / "train/empty").mkdir()
+    train, val = (layouts.find_labeled(tmp_path, split)[0] for split in ("train", "val"))
+    assert train.classes == val.classes == ["b", "caf\u00e9"]
+    assert sorted(train.labels) == sorted(val.labels) == [0, 1]
+    assert {os.path.basename(path) for path in train.ignored} == {
+        "empty", "new folder", "readme.txt"}
+
+
+def test_numbers_are_classes_by_their_value(tmp_path):
+    """The same files by a list and by folders have the same labels, in any order of training."""
+    touch(tmp_path, *[f"val/{k}/a.png" for k in range(12)])
+    folders, names = layouts.find_labeled(tmp_path, "val")
+    assert names == [str(k) for k in range(12)]
+    assert [os.path.basename(os.path.dirname(path)) for path in folders.paths] == [
+        names[label] for label in folders.labels]
+    as_text = sorted(names)                              # 0, 1, 10, 11, 2: as it used to be
+    again, _ = layouts.find_labeled(tmp_path, "val", classes=as_text)
+    assert [as_text[label] for label in again.labels] == [names[i] for i in folders.labels]
+    lines = "".join(f"val/{k}/a.png {k}\n" for k in range(12))
+    (tmp_path / "val.csv").write_text(lines)
+    for classes in (names, as_text):
+        listed, _ = layouts.find_labeled(tmp_path, "val", classes=classes)
+        assert [classes[label] for label in listed.labels] == [str(k) for k in range(12)]
+
+
+def test_gaps_in_the_labels_of_a_list(tmp_path):
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "train.csv").write_text("a.png 0\nb.png 20000\n")
+    with pytest.raises(ValueError, match="to 20000 .*19999 gaps, first 1:.*--num-classes"):
+        layouts.find_labeled(tmp_path, "train")
+    assert len(layouts.find_labeled(tmp_path, "train", num_classes=30000)[1]) == 30000
+
+
+@pytest.mark.parametrize("train, val", [("Train", "Val"), ("training", "validation"),
+                                        ("train_256", "val_256")])
+def test_other_names_of_the_splits(train, val, tmp_path):
+    touch(tmp_path, f"{train}/a/1.png", f"{train}/b/1.png", f"{val}/a/2.png", "test/a/3.png")
+    assert [len(layouts.find_samples(tmp_path, split)) for split in ("train", "val")] == [2, 1]
+    (tmp_path / "training_512").mkdir()
+    with pytest.raises(ValueError, match="2 folders for train.*training_512"):
+        layouts.find_samples(tmp_path)
+
+
+def test_paths_of_lists(tmp_path, monkeypatch):
+    """From inside the folder, and through a link to it."""
+    touch(tmp_path, "real/videos/x.png", "real/lists/none.txt", "other/y.png")
+    (tmp_path / "data").symlink_to(tmp_path / "real/lists")
+    (tmp_path / "real/lists/train.csv").write_text("../videos/x.png 0\n")
+    assert len(layouts.find_samples(tmp_path / "data")) == 1
+    monkeypatch.chdir(tmp_path / "other")
+    (tmp_path / "other/train.csv").write_text("y.png 0\n")
+    assert layouts.find_samples(".").paths == ["./y.png"]
+
+
+def test_a_loop_of_links_is_walked_once(tmp_path):
+    touch(tmp_path, "train/a/1.png", "train/a/2.png", "train/b/3.png")
+    (tmp_path / "train/a/up").symlink_to(tmp_path / "train")
+    assert len(layouts.find_samples(tmp_path)) == 3
+
+
+def test_lists_of_other_encodings_and_broken_ones(tmp_path):
+    touch(tmp_path, "\u00e4.png", "b.png")
+    (tmp_path / "train.csv").write_text("\u00e4.png 0\r\nb.png 1\r\n", encoding="utf-16")
+    assert layouts.find_samples(tmp_path).labels == [0, 1]
+    touch(tmp_path, "k/annotations/none", "k/abc.mp4", "s/labels/none", "s/1.webm")
+    header, row = "label,youtube_id,time_start,time_end,split", "x,abc,{},9,train"
+    for text in (header, ",".join(f'"{word}"' for word in header.split(","))):
+        (tmp_path / "k/annotations/train.csv").write_text(f"{text}\n{row.format(1)}\n")
+        assert layouts.find_samples(tmp_path / "k").classes == ["x"]
+    (tmp_path / "k/annotations/train.csv").write_text(f"{header}\n{row.format('0:01')}\n")
+    with pytest.raises(ValueError, match="train.csv, line 2: .*'0:01'"):
+        layouts.find_samples(tmp_path / "k")
+    (tmp_path / "s/labels/labels.json").write_text('{"x": "0"}', encoding="utf-8-sig")
+    (tmp_path / "s/labels/train.json").write_text('[{"id": "1", "template": "[x]"}]')
+    assert layouts.find_samples(tmp_path / "s").labels == [0]
+    for text, words in (('[{"id": "1"}]', "train.json, entry 0: .*template"), ("[", "no JSON")):
+        (tmp_path / "s/labels/train.json").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            layouts.find_samples(tmp_path / "s")
