@@ -6,10 +6,12 @@ pass stay in the scripts.
 import argparse
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import math
 import os
+import platform
 import random
 import signal
 import sys
@@ -28,6 +30,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+MAX_SKIPPED_SHARE = 0.1
 MAX_SKIPPED = 20      # steps with a non-finite gradient in a row: more than a loss scale needs
 MAX_UNREADABLE = 0.1  # share of the files
 
@@ -325,6 +328,33 @@ def find_checkpoint(recipe):
     return read_checkpoint(checkpoint_path) if os.path.exists(checkpoint_path) else None
 
 
+_locks = []  # open files, whose locks end with the process, however it ends
+
+
+def lock_folder(out):
+    """Keep other runs out of the folder until this process ends.
+
+    Raises ValueError if another one is in it. Without effect where files cannot be locked.
+    """
+    os.makedirs(out, exist_ok=True)
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        return
+    file = open(os.path.join(out, ".lock"), "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader processes do not inherit it
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            raise ValueError(f"{out} is in use by {file.read().strip() or 'another run'}: wait for "
+                             "its end, or choose another --out") from None
+        return  # a file system without locks
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
+    _locks.append(file)
+
+
 # ------------------------------------------------------------------------------------------- a run
 
 class Stopped(Exception):
@@ -403,9 +433,10 @@ class Run:
         if len(set(gather_list([self.step]))) > 1:
             raise ValueError(f"not all nodes see the same {self.checkpoint_path}: put --out on a "
                              "file system that they share")
-        os.makedirs(recipe.out, exist_ok=True)
+        from_rank0(lock_folder, recipe.out)
         if self.rank == 0:
-            drop_later_lines(self.log_path, self.step)
+            drop_later_lines(self.log_path, self.step, self.print0)
+        self.first_loss, self.has_risen = None, False
         self.saved_step, self.skipped_in_row, self.save_is_due = self.step, 0, False
         self.unreadable, self.new_unreadable = {}, {}         # path: reason
         self.loss_sum, self.loss_steps = torch.zeros((), device=device), 0
@@ -495,6 +526,11 @@ class Run:
         loss = None
         if self.loss_steps:
             loss = reduce_mean(self.loss_sum / self.loss_steps, self.device)
+            self.first_loss = self.first_loss or loss
+            if loss > 100 * self.first_loss and not self.has_risen:
+                self.has_risen = True
+                self.print0(f"note: the loss {loss:.3g} is over 100 times its start "
+                            f"{self.first_loss:.3g}: the training diverges, lower --lr")
         for path, reason in gather_list(list(self.new_unreadable.items())):
             if path not in self.unreadable:
                 self.unreadable[path] = reason
@@ -544,15 +580,37 @@ class Run:
         self.print0(f"{self.step} steps, {self.skipped} skipped for non-finite gradients, "
                     f"{len(self.unreadable)} unreadable files replaced; peak memory "
                     f"{peak_memory(self.device):.2f} GiB")
+        if self.skipped > max(MAX_SKIPPED_SHARE * self.total_steps, 5):
+            raise ValueError(f"{self.skipped} of {self.total_steps} steps were skipped for a "
+                             f"non-finite loss or gradient: do not use {self.checkpoint_path}, "
+                             "train again with a lower --lr or with --amp fp32")
 
 
-def drop_later_lines(log_path, step):
+def read_log(log_path):
+    """The whole lines of a log.jsonl, dicts, and how many others there are: damaged, or half."""
+    entries, damaged = [], 0
+    with open(log_path, errors="replace") as f:
+        for line in f:
+            try:
+                entry = json.loads(line) if line.endswith("\n") else None
+            except json.JSONDecodeError:
+                entry = None
+            if isinstance(entry, dict):
+                entries.append(entry)
+            else:
+                damaged += 1
+    return entries, damaged
+
+
+def drop_later_lines(log_path, step, print0=print):
     """Drop from a log what a killed run wrote after the step that it goes on from."""
     if os.path.exists(log_path):
-        with open(log_path) as f:
-            lines = [line for line in f if line.endswith("\n")]      # a kill can leave half a line
+        entries, damaged = read_log(log_path)
+        if damaged:
+            print0(f"{log_path}: {damaged} damaged lines are left out")
         with open(log_path + ".tmp", "w") as f:
-            f.writelines(line for line in lines if json.loads(line).get("step", 0) <= step)
+            f.writelines(json.dumps(entry) + "\n" for entry in entries
+                         if entry.get("step", 0) <= step)
         os.replace(log_path + ".tmp", log_path)
 
 
@@ -578,7 +636,11 @@ def option(default, help="", choices=None, alias=None):
 
 
 def check_numbers(recipe, positive=(), not_negative=(), shares=()):
-    """Raise ValueError for a field out of its range. shares: from 0 to 1."""
+    """Raise ValueError for a field out of its range. shares: from 0 to 1. All must be finite."""
+    for name, value in vars(recipe).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
+            raise ValueError(f"{name}={value} is not finite: change --{name.replace('_', '-')}")
     for names, fits, range_ in ((positive, lambda v: v > 0, "positive"),
                                 (not_negative, lambda v: v >= 0, "zero or more"),
                                 (shares, lambda v: 0 <= v <= 1, "a share from 0 to 1")):

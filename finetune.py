@@ -129,7 +129,7 @@ TINY = Recipe(                                                # ours: small clip
     model="mvit_nano", init="out/pretrain/last.pt", baseline=True, image_size=(48, 48),
     num_frames=4, sampling_rate=8, drop_path=0.0, crop_scale=(0.5, 1.0), flip=0.0, rand_augment="",
     erase=0.0, repeats=1, mixup=0.0, cutmix=0.0, smoothing=0.0, epochs=18, batch_size=8, lr=2e-3,
-    lr_batch=8, warmup_epochs=2, warmup_lr=1e-5, min_lr=1e-5, clip_grad=1.0, layer_decay=1.0,
+    lr_batch=8, warmup_epochs=2.0, warmup_lr=1e-5, min_lr=1e-5, clip_grad=1.0, layer_decay=1.0,
     clips=3, crop_ratio=1.0, val_epochs=6, compile="off")
 # Without --data: few labels, so that the pre-training counts, and as many steps as both need.
 FEW_LABELS = {"limit_per_class": 2, "epochs": 80, "warmup_epochs": 8.0, "val_epochs": 0, "clips": 1,

@@ -105,7 +105,7 @@ IMAGENET = Recipe(
     mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 TINY = Recipe(                                                # ours: three minutes on two CPU cores
     model="mvit_nano", image_size=(48, 48), num_frames=4, sampling_rate=8, output_stride=8,
-    epochs=24, batch_size=8, lr=2e-3, lr_batch=8, warmup_epochs=1, warmup_lr=1e-5, min_lr=1e-5,
+    epochs=24, batch_size=8, lr=2e-3, lr_batch=8, warmup_epochs=1.0, warmup_lr=1e-5, min_lr=1e-5,
     clip_grad=1.0, compile="off")                             # would take longer than it saves
 RECIPES = {
     "tiny": TINY,
@@ -143,7 +143,8 @@ def check(recipe, samples):
     engine.check_numbers(recipe, positive=(
         "epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every", "clip_grad",
         "sampling_rate", "output_stride", "patch_size", "cell", "bins", "label_classes",
-        "hog_scale"))
+        "hog_scale"), not_negative=("warmup_epochs", "warmup_lr", "min_lr", "weight_decay"),
+        shares=("drop_path", "flip", "beta2"))
     if not 0 < recipe.mask_ratio < 1:
         raise ValueError(f"mask_ratio={recipe.mask_ratio} is not between 0 and 1")
     if not 0 < recipe.crop_scale[0] <= recipe.crop_scale[1] <= 1:

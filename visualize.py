@@ -5,11 +5,10 @@
 Where the input is visible, the prediction shows the target, dimmed and blue. A clip also gives an
 animation (.gif). A class (dVAE, pseudo-labels) has a color, features show principal components.
 """
-import json
 import os
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
-from engine import read_checkpoint, run_main
+from engine import read_checkpoint, read_log, run_main
 
 import numpy as np
 import torch
@@ -139,9 +138,8 @@ def draw(model, recipe, paths, output, device="cpu", frames=4, seed=0):
 
 def draw_loss(log, output):
     """Write the loss curve of a log.jsonl against epochs. Returns the paths written."""
-    with open(log) as file:
-        entries = [json.loads(line) for line in file if line.endswith("\n")]
-    points = np.array([(d["epoch"], d["loss"]) for d in entries if d.get("loss") is not None])
+    points = np.array([(d["epoch"], d["loss"]) for d in read_log(log)[0]
+                       if d.get("loss") is not None])
     if len(points) < 2:
         raise ValueError(f"{log} has {len(points)} losses: a curve needs two")
     epochs, losses = points.T

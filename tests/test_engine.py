@@ -1,6 +1,7 @@
 """engine.py: schedule, groups, checkpoints, signals, command line, and the machine around it."""
 import ast
 import dataclasses
+import math
 import os
 import signal
 import subprocess
@@ -68,6 +69,24 @@ def test_log_of_a_killed_run_is_cut(tmp_path):
     assert path.read_text() == '{"step": 10}\n{"step": 20}\n'
     engine.drop_later_lines(str(tmp_path / "none"), 0)
     assert os.listdir(tmp_path) == ["log.jsonl"]
+    path.write_bytes(b'{"step": 10}\n\n{"ste\xff\x00\n[3]\n{"step": 20}\n')
+    said = []
+    engine.drop_later_lines(str(path), 20, said.append)
+    assert path.read_text() == '{"step": 10}\n{"step": 20}\n' and "3 damaged" in said[0]
+
+
+def test_one_run_in_a_folder(tmp_path):
+    """The second is refused, and the lock ends with its process, even a killed one."""
+    code = ("import sys, time, engine; engine.lock_folder(sys.argv[1]); print('locked', flush=True)"
+            "; time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(ValueError, match=f"in use by process {holder.pid} on "):
+        engine.lock_folder(str(tmp_path))
+    holder.kill()
+    holder.wait()
+    engine.lock_folder(str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------- the machine
@@ -284,3 +303,25 @@ def test_automatic_batch(size, samples, world, planned):
     recipe, device_batch, parts = engine.plan_batch(Recipe(), samples, world, False, lines.append)
     assert recipe.batch_size == planned == world * device_batch * parts
     assert bool(lines) == (planned != size)
+
+
+def test_a_run_that_hardly_trained_ends_with_an_error(tmp_path, capsys):
+    """Every second step is skipped, which never makes twenty in a row."""
+    fields = dict(out=str(tmp_path / "out"), epochs=14, lr=0.1, lr_batch=1, batch_size=1, beta2=0.9,
+                  warmup_epochs=0, warmup_lr=0.0, min_lr=0.0, weight_decay=0.0, clip_grad=1.0,
+                  log_every=1, save_minutes=9.0, seed=0)
+    recipe = dataclasses.make_dataclass("Recipe", fields)(**fields)
+    model = nn.Linear(2, 1)
+    scaler = engine.mixed_precision("fp32", torch.device("cpu"))[2]
+    run = engine.Run(recipe, model, engine.make_optimizer(model, recipe), scaler,
+                     device=torch.device("cpu"), steps_per_epoch=1, fingerprint="", num_files=4,
+                     unit="clip")
+    while run.step < run.total_steps:
+        lr = run.start_step()
+        scale = math.nan if run.step % 2 else 1.0 if run.step < 4 else 1e6
+        loss = model(torch.ones(1, 2)).square().sum() * 0 + scale
+        (loss + model.weight.sum() * scale).backward()
+        run.end_step(loss.detach(), lr)
+    with pytest.raises(ValueError, match="7 of 14 steps were skipped"):
+        run.finish()
+    assert capsys.readouterr().out.count("the training diverges") == 1

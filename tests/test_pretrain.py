@@ -33,7 +33,7 @@ def test_run(pretrained):
     assert not any(name.startswith(("module.", "_orig_mod.")) or "hog" in name
                    for name in checkpoint["model"])
     pictures = ["loss.png", "prediction.gif", "prediction.png"]
-    assert sorted(os.listdir(out)) == ["last.pt", "log.jsonl", *pictures]
+    assert sorted(os.listdir(out)) == [".lock", "last.pt", "log.jsonl", *pictures]
     for name in pictures:
         with Image.open(out / name) as picture:
             assert np.asarray(picture.convert("RGB")).std() > 10              # not blank
@@ -92,6 +92,9 @@ def test_non_finite_steps_are_skipped_then_stop(clips, tmp_path):
     ("--mask-ratio 1.5", "mask_ratio=1.5"),
     ("--batch-size 13", "13"),
     ("--lr -1", "lr=-1.0 is not positive"),
+    ("--weight-decay nan", "weight_decay=nan is not finite"),
+    ("--std 0.2 0.2 inf", "is not finite"),
+    ("--warmup-epochs -1", "warmup_epochs=-1.0"),
     ("--num-frames 3", "num_frames=3"),
     ("--no-such-flag", "--no-such-flag"),
 ])
