@@ -46,11 +46,14 @@ KINDS = {(5, 32, 3): "mvit_nano", (5, 64, 3): "mvit_tiny", (5, 96, 16): "mvitv2_
 
 
 def recognize(checkpoint):
-    """(format, state dict) of a checkpoint or a bare state dict. Names lose DDP's "module."."""
-    for key in ("model_state", "model", "teacher", "student", "state_dict", None):
+    """(format, state dict) of a checkpoint or a bare state dict. Names lose what DDP, torch.compile
+    and Lightning put before them. Averaged weights count where there are no others."""
+    for key in ("model_state", "model", "teacher", "student", "state_dict", "state_dict_ema",
+                "model_ema", None):
         state = checkpoint if key is None else checkpoint.get(key)
         if isinstance(state, dict) and all(torch.is_tensor(value) for value in state.values()):
-            state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+            state = {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): tensor
+                     for name, tensor in state.items()}
             if key == "model" and "recipe" in checkpoint:
                 return "ours", state
             for form, (sign, _) in FORMATS.items():
@@ -84,16 +87,23 @@ def signature(state):
     return (stem.ndim, len(stem), len(qkv)), "attn" if wider else "mlp"
 
 
-def resize_positions(name, tensor, shape):
-    """A table of positions in another shape, else None. Release: relative tables linearly."""
+def square(tokens):
+    """The grid (side, side) of a class token and a square, or None."""
+    side = math.isqrt(tokens - 1)
+    return (side, side) if side * side == tokens - 1 else None
+
+
+def resize_positions(name, tensor, shape, grids):
+    """A table of positions in another shape, else None. Release: relative tables linearly.
+
+    grids: (h, w) of the table and of the model, for absolute positions. None: unknown.
+    """
     if ".rel_pos_" in name and tensor.shape[1:] == shape[1:]:
         return F.interpolate(tensor.T[None].float(), size=shape[0], mode="linear")[0].T
-    if name == "pos_embed" and tensor.shape[2:] == shape[2:]:
-        old, new = ((n - 1) ** 0.5 for n in (tensor.shape[1], shape[1]))
-        if old % 1 == new % 1 == 0:  # squares, and a class token
-            table = tensor[:, 1:].mT.unflatten(2, (int(old), int(old))).float()
-            table = F.interpolate(table, size=(int(new), int(new)), mode="bicubic").flatten(2).mT
-            return torch.cat([tensor[:, :1], table], dim=1)
+    if name == "pos_embed" and tensor.shape[2:] == shape[2:] and None not in grids:
+        table = tensor[:, 1:].mT.unflatten(2, grids[0]).float()
+        table = F.interpolate(table, size=grids[1], mode="bicubic").flatten(2).mT
+        return torch.cat([tensor[:, :1], table], dim=1)
 
 
 def part(name):
@@ -115,6 +125,12 @@ def load_weights(model, path, verbose=True):
     report = {"loaded": [], "resized": [], "fresh": [],
               "left out": [old for old in found if old not in set(origin.values())]}
     parts, wrong = {part(new) for new in state}, []
+    grids = None, getattr(getattr(model, "encoder", model), "grid", None)
+    if "pos_embed" in state:
+        recipe = checkpoint.get("recipe", {}) if form == "ours" else {}
+        known = "image_size" in recipe and "patch_size" in recipe
+        grids = (tuple(side // recipe["patch_size"] for side in recipe["image_size"]) if known
+                 else square(state["pos_embed"].shape[1])), grids[1]
     for new, name in names.items():
         if new not in state:
             (report["fresh"] if part(new) and part(new) not in parts else wrong).append(name)
@@ -124,10 +140,10 @@ def load_weights(model, path, verbose=True):
             tensor = tensor.reshape(1, 1, -1)  # torchvision: one axis
         if name is None:
             (report["left out"] if part(new) else wrong).append(old)
-        elif tensor.shape == own[name].shape:
+        elif tensor.shape == own[name].shape and (new != "pos_embed" or grids[0] == grids[1]):
             own[name] = tensor
             report["loaded"].append(name)
-        elif (resized := resize_positions(new, tensor, own[name].shape)) is not None:
+        elif (resized := resize_positions(new, tensor, own[name].shape, grids)) is not None:
             report["resized"].append(f"{name} {shape} -> {tuple(resized.shape)}")
             own[name] = resized
         elif part(new) in ("head", "maskfeat.head"):  # other classes, another target
@@ -182,10 +198,9 @@ def foreign_recipe(checkpoint):
         recipe.update(num_frames=2 * t, image_size=(4 * h, 4 * w), output_stride=stride)
     else:
         tokens, patch = state["pos_embed"].shape[1], state["patch_embed.proj.weight"].shape[-1]
-        side = (tokens - 1) ** 0.5
-        if side % 1:
+        if square(tokens) is None:
             raise ValueError(f"pos_embed of {tokens} tokens is not a class token and a square grid")
-        recipe.update(patch_size=patch, image_size=(int(side) * patch,) * 2)
+        recipe.update(patch_size=patch, image_size=tuple(side * patch for side in square(tokens)))
     if "maskfeat.mask_token" in state:
         recipe.update(target="hog", bins=9, cell=8, norm="l2", color="rgb", gradient="sobel",
                       pixel_norm="dataset", mask="cube" if video else "block", mask_ratio=0.4)

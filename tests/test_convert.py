@@ -18,6 +18,7 @@ import convert
 import mvit
 from convert import export, foreign_recipe, load_weights, recognize, rename
 from models import build_classifier, build_maskfeat
+from vit import ViT
 
 SHARED = dict(patch_size=8, expand="mlp", drop_path=0.0, checkpointing=False, num_frames=4,
               image_size=(64, 64))
@@ -391,3 +392,44 @@ def test_a_file_that_is_almost_a_model_is_refused(tmp_path):
     torch.save(pixels, tmp_path / "pixels.pyth")  # a head that is not HOG's
     with pytest.raises(ValueError, match="like vit_tiny, but not it.*head.weight"):
         call(tmp_path / "pixels.pyth", tmp_path / "x.pt")
+
+
+# -------------------------------------------------------------------------- rectangles and prefixes
+
+def save_vit(path, image_size):
+    """A ViT with a table of positions that is a plane: row + 10 column."""
+    model = ViT(8, 2, 2, num_classes=3, image_size=image_size, patch_size=8)
+    h, w = model.grid
+    plane = torch.arange(h)[:, None] + 10.0 * torch.arange(w)
+    with torch.no_grad():
+        model.pos_embed[0, 1:] = plane.flatten()[:, None]
+    recipe = {"model": "vit_tiny", "image_size": image_size, "patch_size": 8}
+    torch.save({"model": model.state_dict(), "recipe": recipe}, path)
+    return model
+
+
+def test_positions_follow_the_grid_of_the_checkpoint(tmp_path):
+    """Also where another grid has as many tokens: 8x8 is not laid over 4x16."""
+    path = str(tmp_path / "vit.pt")
+    for old, new in (((64, 64), (64, 96)), ((64, 64), (32, 128)), ((32, 128), (64, 64)),
+                     ((64, 96), (64, 96))):
+        saved = save_vit(path, old)
+        model = ViT(8, 2, 2, num_classes=3, image_size=new, patch_size=8)
+        report = load_weights(model, path, verbose=False)
+        plane, found = (net.pos_embed[0, 1:, 0].detach().view(1, 1, *net.grid)
+                        for net in (saved, model))
+        assert torch.equal(found, F.interpolate(plane, size=model.grid, mode="bicubic"))
+        assert bool(report["resized"]) == (old != new)
+        assert all((found.diff(dim=axis) > 0).all() for axis in (2, 3))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "model.", "model.module."])
+@pytest.mark.parametrize("key", ["model", "state_dict_ema", "model_ema"])
+def test_prefixes_and_averaged_weights(prefix, key, tmp_path):
+    saved = save_vit(tmp_path / "a.pt", (64, 64))
+    state = {prefix + name: x for name, x in saved.state_dict().items()}
+    torch.save({key: state, "epoch": 3}, tmp_path / "b.pt")
+    model = ViT(8, 2, 2, num_classes=3, image_size=64, patch_size=8)
+    report = load_weights(model, str(tmp_path / "b.pt"), verbose=False)
+    assert len(report["loaded"]) == len(state)
+    assert all(torch.equal(x, saved.state_dict()[name]) for name, x in model.state_dict().items())
