@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 import os
+import struct
 from contextlib import contextmanager
 
 import numpy as np
@@ -175,7 +176,7 @@ def picture_size(path):
     with open_video(path) as (container, stream):
         for frame in container.decode(stream):
             size = frame.height, frame.width
-            return size[::-1] if quarter_turns(frame) % 2 else size
+            return size[::-1] if orientation(frame)[0] else size
     raise UnreadableFile(path, "no frame decodes")
 
 
@@ -297,22 +298,30 @@ def read_frames(path, container, stream, times, first, duration, min_size, strat
         shown, shown_time, picture = frame, time, None
 
 
-def quarter_turns(frame):
-    """Counterclockwise quarter turns that set a decoded frame upright."""
-    return round(frame.rotation / 90)
+def orientation(frame):
+    """How to set a decoded frame upright: (swap rows and columns, then mirror rows, columns)."""
+    from av.sidedata.sidedata import Type
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))  # x, y on display: ax + cy, bx + dy
+    swap = abs(b) > abs(a)
+    return swap, (b if swap else d) < 0, (c if swap else a) < 0
 
 
 def to_rgb(frame, min_size):
-    """(3, H, W) uint8 of a decoded frame: scaled and converted in one pass, then turned upright."""
-    scale = 1
+    """(3, H, W) uint8 of a decoded frame: scaled and converted in one pass, then set upright."""
+    scale, (swap, mirror_rows, mirror_columns) = 1, orientation(frame)
     if min_size:
         high, wide = (min_size, min_size) if isinstance(min_size, int) else min_size
-        if quarter_turns(frame) % 2:
+        if swap:
             high, wide = wide, high
         scale = max(high / frame.height, wide / frame.width)
     size = round(frame.width * scale), round(frame.height * scale)
     rgb = frame.reformat(*size, "rgb24", interpolation=SCALING, threads=1).to_ndarray()
-    return np.rot90(rgb, quarter_turns(frame)).transpose(2, 0, 1)
+    upright = rgb.swapaxes(0, 1) if swap else rgb
+    upright = upright[::-1 if mirror_rows else 1, ::-1 if mirror_columns else 1]
+    return upright.transpose(2, 0, 1)
 
 
 def read_image(path):

@@ -2,6 +2,7 @@
 import functools
 import os
 import random
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -254,6 +255,27 @@ def test_rotation_is_applied(tmp_path, videos, degrees):
     turned = video.read_clip(path, 3, 1, short_side=None)
     assert torch.equal(turned, torch.rot90(upright, stored // 90, (2, 3)))
     assert video.picture_size(path) == tuple(turned.shape[2:])
+
+
+@pytest.mark.parametrize("matrix", [(1, 0, 0, 1), (-1, 0, 0, 1), (1, 0, 0, -1), (-1, 0, 0, -1),
+                                    (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, -1, 0), (0, -1, -1, 0)])
+def test_whole_display_matrix_is_applied(tmp_path, videos, matrix):
+    """Mirrors as well as rotations, written into the track header of an mp4."""
+    a, b, c, d = matrix
+    content = bytearray(Path(videos["short.mp4"]).read_bytes())
+    place = content.index(b"tkhd") + 44                  # nine big-endian numbers
+    content[place:place + 36] = struct.pack(
+        ">9i", *(65536 * n for n in (a, b)), 0, *(65536 * n for n in (c, d)), 0, 0, 0, 2 ** 30)
+    path = tmp_path / "turned.mp4"
+    path.write_bytes(content)
+    frames = video.read_clip(videos["short.mp4"], 2, 1, short_side=None)
+    turned = video.read_clip(path, 2, 1, short_side=None)
+    H, W = frames.shape[2:]
+    assert tuple(turned.shape[2:]) == video.picture_size(path) == ((H, W) if a else (W, H))
+    for y, x in ((0, 0), (0, W - 1), (H - 1, 0), (3, 5), (H // 2, 7)):
+        column, row = a * x + c * y, b * x + d * y       # negative: counted from the other side
+        column, row = column - (a + c < 0), row - (b + d < 0)
+        assert torch.equal(turned[:, :, row, column], frames[:, :, y, x])
 
 
 def test_color_range_is_respected(tmp_path):
