@@ -220,6 +220,8 @@ def parse_row(line, scored):
         raise ValueError(f"second outside {FIRST} to {LAST}")
     if not (x1 <= x2 and y1 <= y2):  # or nan
         raise ValueError("box inverted")
+    if min(x1, y1) < -0.1 or max(x2, y2) > 1.1:  # a detector may go a little beyond the picture
+        raise ValueError("box outside the picture, write fractions of its sides, not pixels")
     if label != -1 and not 1 <= label <= CLASSES:
         raise ValueError(f"class outside 1 to {CLASSES}")
     return movie, second, box, label, score

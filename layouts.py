@@ -15,7 +15,7 @@ import re
 import unicodedata
 from dataclasses import dataclass, field, replace
 
-VIDEO = ("mp4", "webm", "mkv", "avi", "mov")
+VIDEO = ("mp4", "webm", "mkv", "avi", "mov", "m4v", "mpg", "mpeg", "ts", "flv")
 IMAGE = ("jpg", "jpeg", "png", "bmp", "webp")
 SSV2 = "(something-something-v2-)?"  # the official json files may start with it
 

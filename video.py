@@ -15,7 +15,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
+
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28  # long, but no attack
 
 TARGET_FPS = 30      # release: sampling_rate counts frames of a 30 fps video
 CLOCK_SLACK = 6e-4   # s; Matroska rounds the time of a frame to a millisecond
@@ -73,11 +75,12 @@ def open_video(path, quick=False):
     import av
     check_regular(path)
     options = {"skip_frame": "all", "analyzeduration": "1000000"} if quick else {}
+    place = os.path.abspath(path)               # FFmpeg would take 12:30.mp4 for a protocol
     try:
         try:
-            container = av.open(os.fspath(path), options=options)
+            container = av.open(place, options=options)
         except UnicodeDecodeError:              # a title in Latin-1, in PyAV before 19
-            container = av.open(os.fspath(path), options=options, metadata_errors="replace")
+            container = av.open(place, options=options, metadata_errors="replace")
         with container:
             stream = container.streams.best("video")              # not a cover picture
             if stream is None or stream.codec_context is None:

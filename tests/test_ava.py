@@ -230,6 +230,7 @@ def test_rows_that_cannot_be_used_are_counted_and_named(movies, tmp_path):
             "train_000,902,0.10,0.2,0.3,0.4,5,0.95",                # written otherwise: another box
             f"train_000,0901,{box}", f"train_000,1799,{box}", f"nowhere,0902,{box}",
             "train_000,0902,0.3,0.2,0.1,0.4,1,0.9", "train_000,0902,0.3,nan,0.1,0.4,1,0.9",
+            "train_000,0902,41.0,22.0,96.5,118.0,1,0.9",
             good + "81,0.9", good + "0,0.9", "train_000,0902,0.1", "video,second,x,y,x,y,a,b"]
     folder = changed(movies, tmp_path, train_predicted_boxes=rows)
     frames, _, said = find(folder, "train")
@@ -239,7 +240,8 @@ def test_rows_that_cannot_be_used_are_counted_and_named(movies, tmp_path):
     assert ava.fingerprint_of(frames[1:]) == ava.fingerprint_of(before[1:])
     for words in ("2 rows left out, second outside 902 to 1798", "2 rows left out, box inverted",
                   "2 rows left out, class outside 1 to 80", "2 rows left out, not video",
-                  "1 rows left out, movie missing", "nowhere"):
+                  "1 rows left out, movie missing", "nowhere",
+                  "1 rows left out, box outside the picture"):
         assert words in said, words
     assert find(folder, "train", box_score=0.4)[0][0].targets[:, 8].any()
     truth = {}                                                      # the true boxes of key frames

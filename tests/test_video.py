@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from plain import plain_clip
 
+import layouts
 import video
 
 av = pytest.importorskip("av")
@@ -276,6 +277,22 @@ def test_whole_display_matrix_is_applied(tmp_path, videos, matrix):
         column, row = a * x + c * y, b * x + d * y       # negative: counted from the other side
         column, row = column - (a + c < 0), row - (b + d < 0)
         assert torch.equal(turned[:, :, row, column], frames[:, :, y, x])
+
+
+def test_names_with_a_colon_and_other_endings(tmp_path, videos, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("2024-01-01T12:30:05.mp4", "a.m4v"):
+        Path(name).write_bytes(Path(videos["short.mp4"]).read_bytes())
+        assert len(video.read_clip(name, 2, 1)) == 2
+    names = ("A.M4V", "a.mpg", "a.mpeg", "a.ts", "a.flv")
+    assert {layouts.media_kind(name) for name in names} == {"video"}
+
+
+def test_long_text_in_a_png(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("profile", "x" * 3_000_000, zip=True)
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png", pnginfo=text)
+    assert video.read_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_color_range_is_respected(tmp_path):
