@@ -179,6 +179,9 @@ def foreign_recipe(checkpoint):
         return {"pool": "mean", **checkpoint["recipe"]}
     state, _ = rename(form, found)
     kind, expand = signature(state)
+    if "patch_embed.proj.weight" not in state:
+        raise ValueError(f"a checkpoint of an unknown format: names such as {', '.join(found)[:80]}"
+                         f"; known are {', '.join(FORMATS)}")
     if kind not in KINDS:
         raise ValueError(f"{form} checkpoint of no known model: {kind} is not in {KINDS}")
     name, video = KINDS[kind], takes_clips(KINDS[kind])

@@ -31,6 +31,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 MAX_SKIPPED_SHARE = 0.1
+NUMBER = np.float64(0).__reduce__()[0]  # makes a NumPy number, under two names by its version
+SAFE_TYPES = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
+              (NUMBER, "numpy.core.multiarray.scalar"), (NUMBER, "numpy._core.multiarray.scalar")]
 MAX_SKIPPED = 20      # steps with a non-finite gradient in a row: more than a loss scale needs
 MAX_UNREADABLE = 0.1  # share of the files
 
@@ -253,6 +256,9 @@ def print_setup(name, recipe, model, optimizer, world, device_batch, amp, print0
            + (f" at the head, x {stem:.2g} at the stem" if stem != 1 else "")
            + f"; {amp} on {weights[0].device}; {sum(p.numel() for p in weights) / 1e6:.1f} M "
            "parameters")
+    if recipe.warmup_epochs >= recipe.epochs:
+        print0(f"note: the warm-up of {recipe.warmup_epochs:g} epochs does not end before the "
+               "training, the learning rate only rises")
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -274,14 +280,15 @@ def save_checkpoint(path, checkpoint):
 def read_checkpoint(path):
     """The dict in a checkpoint file, on the CPU.
 
-    Only tensors, plain values and argparse.Namespace (MAE and DINO keep their options in one) are
-    unpickled: no code of the file runs. Raises FileNotFoundError, or ValueError for a file that is
+    Only tensors, plain values, NumPy's numbers (an accuracy beside the weights) and
+    argparse.Namespace (MAE and DINO keep their options in one) are unpickled: no code of the file
+    runs. Raises FileNotFoundError, or ValueError for a file that is
     damaged or holds anything else.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(SAFE_TYPES):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                # zip, pickle, EOF, OS: all mean the same
         lines = str(error).strip().splitlines() or [type(error).__name__]

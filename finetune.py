@@ -261,9 +261,6 @@ def train(name, recipe, overrides, rank, world, device):
            f"{steps_per_epoch} steps per epoch, {recipe.epochs} epochs x {recipe.repeats} "
            f"augmentations, {recipe.epochs * steps_per_epoch} steps, from "
            + ("the resumed run, not --init" if checkpoint else recipe.init or "scratch"))
-    if recipe.warmup_epochs >= recipe.epochs:
-        print0(f"note: the warm-up of {recipe.warmup_epochs:g} epochs does not end before the "
-               "training, the learning rate only rises")
 
     run = engine.Run(
         recipe, model, optimizer, scaler, steps_per_epoch=steps_per_epoch, device=device,

@@ -433,3 +433,11 @@ def test_prefixes_and_averaged_weights(prefix, key, tmp_path):
     report = load_weights(model, str(tmp_path / "b.pt"), verbose=False)
     assert len(report["loaded"]) == len(state)
     assert all(torch.equal(x, saved.state_dict()[name]) for name, x in model.state_dict().items())
+
+
+def test_an_unknown_format_is_called_so(tmp_path):
+    """torchvision's ViT has an "encoder." as our pre-training has."""
+    state = {"class_token": torch.zeros(1), "encoder.layers.encoder_layer_0.ln_1.weight":
+             torch.zeros(1)}
+    with pytest.raises(ValueError, match="unknown format: .*encoder_layer_0"):
+        foreign_recipe(state)

@@ -11,6 +11,7 @@ import time
 import engine
 from engine import parse_recipe, read_checkpoint, save_checkpoint, usable_cores
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -73,6 +74,16 @@ def test_log_of_a_killed_run_is_cut(tmp_path):
     said = []
     engine.drop_later_lines(str(path), 20, said.append)
     assert path.read_text() == '{"step": 10}\n{"step": 20}\n' and "3 damaged" in said[0]
+
+
+def test_numpy_numbers_beside_the_weights(tmp_path):
+    numbers = {"best": np.float64(81.25), "epoch": np.int64(3), "half": np.float16(0.5)}
+    torch.save({"model": {"w": torch.ones(2)}, **numbers}, tmp_path / "a.pt")
+    found = read_checkpoint(str(tmp_path / "a.pt"))
+    assert {key: float(found[key]) for key in numbers} == {"best": 81.25, "epoch": 3, "half": 0.5}
+    torch.save({"model": np.array([print], object)}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match="not a checkpoint of tensors"):
+        read_checkpoint(str(tmp_path / "b.pt"))
 
 
 def test_one_run_in_a_folder(tmp_path):
