@@ -121,7 +121,7 @@ def draw(model, recipe, paths, output, device="cpu", frames=4, seed=0):
         x = x[0, :, ::stride[0]].transpose(0, 1) if T else x        # (t, 3, H, W)
         pair = [v[0].unflatten(0, (len(x), -1)).float().cpu() for v in (prediction, target)]
         movie.append(panels(recipe, x.cpu(), mask.view(-1, *grid[-2:]), *pair))
-        names.append("/".join(path.split(os.sep)[-2:]))             # with the folder, often the class
+        names.append("/".join(path.split(os.sep)[-2:]))            # the folder is often the class
     if not movie:
         raise ValueError(f"none of {len(paths)} files can be read: no picture")
     movie = np.stack(movie, axis=1)                                 # (t, files, 4, H, W, 3)
