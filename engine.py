@@ -662,7 +662,8 @@ def parse_recipe(recipes, description, argv=None):
 
     recipes: {name: frozen dataclass}. --recipe picks the row, else --model the first row of that
     model, else it is the first row. Tuples take all their values or one for all, booleans also
-    --no-field. Returns (name, recipe, names of the fields that were overridden).
+    --no-field. With --resume the recipe is that of OUT/last.pt, if there is one.
+    Returns (name, recipe, names of the fields that are not to be chosen any more).
     """
     first = next(iter(recipes.values()))
     parser = argparse.ArgumentParser(
@@ -697,8 +698,14 @@ def parse_recipe(recipes, description, argv=None):
                 parser.error(f"--{key.replace('_', '-')} takes 1 or {length} values, not "
                              f"{len(values)}")
             overrides[key] = tuple(values) * (length // len(values))
-    changed = set(overrides) | ({"recipe"} if named else set())
-    return name, dataclasses.replace(recipes[name], **overrides), changed
+    changed, row = set(overrides) | ({"recipe"} if named else set()), recipes[name]
+    path = os.path.join(overrides.get("out", row.out), "last.pt")
+    if overrides.get("resume") and not named and os.path.isfile(path):
+        stored = read_checkpoint(path).get("recipe", {})
+        known = {field.name for field in dataclasses.fields(row)} & set(stored)
+        name, row = "of the run", dataclasses.replace(row, **{key: stored[key] for key in known})
+        changed |= {"batch_size"}             # it is the final one
+    return name, dataclasses.replace(row, **overrides), changed
 
 
 def run_main(main):

@@ -47,7 +47,7 @@ def test_sigterm_saves_the_step(script, clips, pretrained, request, tmp_path):
                                 sent=signal.SIGTERM)
     assert code == 128 + signal.SIGTERM and "stopped by SIGTERM" in output and "--resume" in output
     assert read_checkpoint(out / "last.pt")["step"] == runs.log_of(out)[-1]["step"] >= 4
-    runs.run_well(f"{script}.py", *flags, "--resume")
+    runs.run_well(f"{script}.py", "--out", out, "--resume")      # recipe and data from last.pt
     whole = request.getfixturevalue(WHOLE[script])[0]
     runs.assert_same_weights(whole, out)
 
