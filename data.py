@@ -529,13 +529,13 @@ def free_shared_memory():
     return status.f_bavail * status.f_frsize if status else math.inf
 
 
-def check_shared_memory(batch_bytes, workers, prefetch=PREFETCH):
+def check_shared_memory(batch_bytes, workers):
     """Raises ValueError if /dev/shm has no room for what the workers of all processes prepare."""
     processes, free = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), free_shared_memory()
-    if processes * workers * prefetch * batch_bytes > free:
+    if processes * workers * PREFETCH * batch_bytes > free:
         raise ValueError(
             f"/dev/shm has {free / 2 ** 20:.1f} MB free, too little for {processes} processes x "
-            f"{workers} workers x {prefetch} batches of {batch_bytes / 2 ** 20:.1f} MB: "
+            f"{workers} workers x {PREFETCH} batches of {batch_bytes / 2 ** 20:.1f} MB: "
             + MORE_SHARED_MEMORY)
 
 

@@ -2,7 +2,8 @@
 
 A two-channel convolution gives the gradient of every pixel. Each pixel votes for the orientation of
 its gradient, weighted by the magnitude, in the histogram of its cell and color. Each histogram is
-normalized to unit length. The numbers equal the release's (SlowFast) to 1e-6.
+normalized to unit length. The numbers equal those of the release (SlowFast) to 1e-6, but for flat
+cells: see the end of `HOG.forward`.
 """
 import math
 
@@ -42,9 +43,7 @@ class HOG(nn.Module):
     def forward(self, images):
         """Normalized images (B, 3, H, W) -> float32 (B, C, bins, H/cell, W/cell).
 
-        C is 1 for gray, else 3. Raises ValueError if the shape does not fit. torch.compile fuses
-        the sum over an unflattened cell with the comparison before it. For avg_pool2d it would
-        store the votes of every bin at full size.
+        C is 1 for gray, else 3. Raises ValueError if the shape does not fit.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images of shape {tuple(images.shape)} are not (B, 3, H, W)")
@@ -59,14 +58,16 @@ class HOG(nn.Module):
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             g = F.conv2d(x, self.kernels.float(), groups=3)             # (B, 3 * 2, H, W)
         gx, gy = self._mix_colors(g.unflatten(1, (3, 2))).unbind(2)     # (B, C, H, W) each
-        size = torch.hypot(gx, gy)
+        magnitude = torch.hypot(gx, gy)
         # The angle is measured from the vertical (release). Opposite gradients vote alike.
         bin = (torch.atan2(gx, gy) / math.pi * self.bins).floor() % self.bins
-        histogram = torch.stack([self._sum_cells(size * (bin == k)) for k in range(self.bins)], 2)
+        votes = [self._sum_cells(magnitude * (bin == k)) for k in range(self.bins)]
+        histogram = torch.stack(votes, dim=2)                           # (B, C, bins, h, w)
         if self.norm == "none":
             return histogram
-        # A cell that is flat but for rounding stays near zero: its mean vote is far below 1e-4. One
-        # pixel that differs by one 8-bit step gives an 8x8 cell 1 / 255 / 0.225 / 64 = 2.7e-4.
+        # In a flat cell only rounding errors vote. The floor keeps its histogram near zero (ours).
+        # The release's floor is 1e-12, so it normalizes them to length 1. One 8-bit step in one
+        # pixel gives an 8x8 cell a mean vote of at least 1 / 255 / 0.225 / 64 = 2.7e-4.
         return F.normalize(histogram, p=int(self.norm[1]), dim=2, eps=1e-4 * self.cell ** 2)
 
     def _mix_colors(self, x):

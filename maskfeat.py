@@ -52,7 +52,7 @@ class MaskFeat(nn.Module):
         if self.target.input_kind == "frames":
             stride = self.encoder.patch_stride[0]
             frames = x[:, :, ::stride].transpose(1, 2) if x.ndim == 5 else x[:, None]
-            return self.target(frames)                                        # of (B, t, 3, H, W)
+            return self.target(frames)                      # (B, t, 3, H, W), of an image t = 1
         return self.target(x if self.target.input_kind == "clip" else target_input)
 
     @torch.no_grad()
@@ -70,7 +70,7 @@ class MaskFeat(nn.Module):
 
         Returns the loss over masked tokens (scalar) and the prediction for all (B, N, target.dim).
         With MViT, the overlapping kernels of the stem let the visible neighbors of a masked token
-        see a few of its pixels.
+        see up to 3 pixels and one frame of it, as in the release.
         """
         tokens, grid = self.encoder.embed(x)                                  # (B, N_stem, D)
         masked = resize_mask(mask, grid)[..., None]                           # (B, N_stem, 1)

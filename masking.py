@@ -6,9 +6,9 @@ draws from Python's generator, so the same seed gives the same mask. Differences
 consecutive as in the paper, and grids of any shape give a usable mask.
 
 Every function returns a numpy bool array over the token grid, True = masked, holding both values.
-The target is round(ratio * tokens). Block, tube and cube masks never exceed it on the grid that
-they are sampled on. They fall short of it when no further block fits: on average by 0.3 % of the
-tokens at a ratio of 0.4.
+The number of masked tokens aims at round(ratio * tokens). Block, tube and cube masks never exceed
+it on the grid that they are sampled on. They fall short of it when no further block fits: on
+average by 0.3 % of the tokens at a ratio of 0.4.
 """
 import math
 
@@ -21,26 +21,27 @@ def block_mask(grid, ratio, rng):
     grid: (h, w) tokens. ratio: share to mask. rng: a random.Random.
     Returns (h, w) bool. Raises ValueError for an unusable grid or ratio.
     """
-    target = _target(grid, ratio, 2)
-    return _sample((1, *grid), target, target // 5, None, 10, rng)[0]
+    _check(grid, ratio, 2)
+    count = _num_masked(grid, ratio)
+    return _sample((1, *grid), count, count // 5, None, 10, rng)[0]
 
 
 def cube_mask(grid, ratio, rng, coarse=2):
     """Blocks that last for a random number of time steps (Sec. 4.3, Table 6: the default).
 
     grid: (t, h, w) tokens. coarse: the mask is sampled on (t, h / coarse, w / coarse), rounded up,
-    and each cell is enlarged to coarse x coarse tokens (release: 8x7x7 for 8x14x14 tokens), so
-    that odd sides keep the ratio only approximately. Returns (t, h, w) bool, errors as block_mask.
+    and each cell is enlarged to coarse x coarse tokens (release: 8x7x7 for 8x14x14 tokens). With
+    odd sides the ratio is only approximate. Returns (t, h, w) bool, errors as block_mask.
     """
-    _target(grid, ratio, 3)
+    _check(grid, ratio, 3)
     t, h, w = _coarsen(grid, coarse)
-    target = _target((t, h, w), ratio, 3)
-    return _enlarge(_sample((t, h, w), target, h * w // 5, h * w, 100, rng), grid)
+    count = _num_masked((t, h, w), ratio)
+    return _enlarge(_sample((t, h, w), count, h * w // 5, h * w, 100, rng), grid)
 
 
 def tube_mask(grid, ratio, rng, coarse=2):
     """One block mask for all time steps (Sec. 4.3, Table 6). Arguments as for cube_mask."""
-    _target(grid, ratio, 3)
+    _check(grid, ratio, 3)
     t, h, w = _coarsen(grid, coarse)
     return _enlarge(np.repeat(block_mask((h, w), ratio, rng)[None], t, axis=0), grid)
 
@@ -51,11 +52,11 @@ def frame_mask(grid, ratio, rng, consecutive=True):
     grid: (t, h, w) tokens, t > 1. consecutive: True, runs of neighboring steps (paper); False, any
     distinct steps (release). Returns (t, h, w) bool. Errors: see block_mask.
     """
-    _target(grid, ratio, 3)
+    _check(grid, ratio, 3)
     t, h, w = grid
     if t < 2:
         raise ValueError(f"grid {t}x{h}x{w} has only one time step: use tube_mask")
-    count = _target((t, 1), ratio, 2)
+    count = _num_masked((t,), ratio)
     steps = np.zeros(t, bool)
     if not consecutive:
         steps[rng.sample(range(t), count)] = True
@@ -67,14 +68,19 @@ def frame_mask(grid, ratio, rng, consecutive=True):
     return np.repeat(steps, h * w).reshape(t, h, w)
 
 
-def _target(grid, ratio, axes):
-    """Number of tokens to mask: at least one, and not all. Checks grid and ratio."""
+def _check(grid, ratio, axes):
+    """Raise ValueError for an unusable grid or ratio."""
     if len(grid) != axes or min(grid) < 1 or math.prod(grid) < 2:
         raise ValueError(f"grid {tuple(grid)} cannot be masked: give {axes} positive sides "
                          "and more than one token")
     if not 0 < ratio < 1:
         raise ValueError(f"mask ratio {ratio} is not between 0 and 1: the paper's is 0.4")
-    return min(max(round(ratio * math.prod(grid)), 1), math.prod(grid) - 1)
+
+
+def _num_masked(grid, ratio):
+    """Number of tokens to mask: round(ratio * tokens), at least one, and not all."""
+    tokens = math.prod(grid)
+    return min(max(round(ratio * tokens), 1), tokens - 1)
 
 
 def _coarsen(grid, coarse):
@@ -91,8 +97,8 @@ def _enlarge(mask, grid):
     return mask[:, np.arange(h)[:, None] * y // h, np.arange(w) * x // w]
 
 
-def _sample(grid, target, min_area, max_area, attempts, rng):
-    """Place cubes on a (t, h, w) grid until `target` cells are masked or `attempts` in a row fail.
+def _sample(grid, count, min_area, max_area, attempts, rng):
+    """Place cubes on a (t, h, w) grid until `count` cells are masked or `attempts` in a row fail.
 
     A cube is accepted if it adds at least one cell and no more than are missing. max_area bounds
     its area in space. None means the number of missing cells, for images (t = 1, no draws in time).
@@ -101,15 +107,15 @@ def _sample(grid, target, min_area, max_area, attempts, rng):
     t, h, w = grid
     max_height, max_width = max(h - 1, 1), max(w - 1, 1)    # smaller than the grid (release)
     mask = np.zeros(grid, bool)
-    missing, failed = target, 0
+    missing, failed = count, 0
     # The first cube gets more attempts: one that hides nearly all of a small grid seldom fits.
-    while missing and (failed < attempts or missing == target and failed < 100 * attempts):
+    while missing and (failed < attempts or missing == count and failed < 100 * attempts):
         failed += 1
         area = rng.uniform(min_area, missing if max_area is None else max_area)
         aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         duration = 1 if max_area is None else 1 + rng.randrange(t)
-        if max(h, w) > 2 * min(h, w):                       # hardly any block fits a narrow grid
+        if max(h, w) > 2 * min(h, w):                       # ours, hardly any block fits it
             height, width = min(height, max_height), min(width, max_width)
         if height > max_height or width > max_width:
             continue
@@ -120,7 +126,7 @@ def _sample(grid, target, min_area, max_area, attempts, rng):
         if 0 < added <= missing:
             cube[:] = True                                  # a view: this writes into the mask
             missing, failed = missing - added, 0
-    if missing == target:                                      # on tiny grids only
+    if missing == count:                                      # on tiny grids only
         mask.flat[rng.randrange(mask.size)] = True
     return mask
 

@@ -1,13 +1,14 @@
 """MViTv2 for video: multiscale attention with pooled queries, keys and values (Sec. 4).
 
-A clip (B, 3, T, H, W) becomes T/2 x H/4 x W/4 tokens. Each of three transitions halves the side and
-doubles the width (Li et al., MViTv2, CVPR 2022). Attribute names are those of the official release
-(SlowFast `MViT`), so its checkpoints load by name. Needs only torch.
+A clip (B, 3, T, H, W) becomes T/2 x H/4 x W/4 tokens. Each of three transitions doubles the width
+and halves the side, the last one in classification only (Li et al., MViTv2, CVPR 2022). Attribute
+names are those of the official release (SlowFast `MViT`), so its checkpoints load by name. Needs
+only torch.
 
 Shapes of `mvitv2_s` on 16x224x224 (class token not counted):
 
-    stem     8x56x56, 96 wide        blocks 1-2   8x28x28, 192
-    block 0  8x56x56, 96 -> 192      blocks 3-13  8x14x14, 384
+    stem     8x56x56, 96 wide        blocks 1-2   8x28x28, 192, after block 2 384
+    block 0  8x56x56, 96 -> 192      blocks 3-13  8x14x14, 384, after block 13 768
                                      blocks 14-15 8x14x14 (output_stride=16) or
                                                   8x7x7 (output_stride=32), 768
 
@@ -57,13 +58,13 @@ def relative_table(table, queries, keys):
     length = 2 * max(queries, keys) - 1
     if len(table) != length:
         table = F.interpolate(table.T[None].float(), size=length, mode="linear")[0].T
-    # Positions of the coarser side are spread over those of the finer. Distances start at zero.
+    # Positions on the coarser side are spread over the finer one. Row 0 is the lowest distance.
     q_ratio, k_ratio = max(keys / queries, 1.0), max(queries / keys, 1.0)
     q = torch.arange(queries, device=table.device) * q_ratio
     k = torch.arange(keys, device=table.device) * k_ratio
-    distance = (q[:, None] - k[None, :] + (keys - 1) * k_ratio).long()
-    # The same as table[distance], but the gradient is summed in a fixed order, so runs repeat.
-    return F.embedding(distance, table)
+    row = (q[:, None] - k[None, :] + (keys - 1) * k_ratio).long()
+    # The same as table[row], but the gradient is summed in a fixed order, so runs repeat.
+    return F.embedding(row, table)
 
 
 def attention(q, k, v, q_thw, k_thw, rel_pos_t, rel_pos_h, rel_pos_w):
@@ -119,9 +120,9 @@ class MultiScaleAttention(nn.Module):
     def pool(self, x, conv, norm, thw):
         """(B, 1 + t*h*w, heads*C) -> (B, 1 + t'*h'*w', heads, C) and (t', h', w').
 
-        The class token is only normalized. Each frame of the 3x3x3 kernel is a 3x3 convolution of
-        all frames of x. Output frame t is the sum of the first one's result at t - 1, the middle
-        one's at t and the last one's at t + 1. (On a CPU, up to twice as fast as conv3d.)
+        The class token is only normalized. A 3x3x3 convolution is the sum of three 3x3
+        convolutions: the first slice of the kernel on frame t - 1, the middle one on frame t, and
+        the last one on frame t + 1. (On a CPU, up to twice as fast as conv3d.)
         """
         cls, x = x.split((1, x.shape[1] - 1), dim=1)
         D = x.shape[-1]
@@ -241,7 +242,7 @@ class MViT(nn.Module):
         if num_frames < 2 or num_frames % 2:
             raise ValueError(f"num_frames={num_frames}: use a positive multiple of 2")
         if min(H, W) < 32:
-            raise ValueError(f"image_size={H}x{W} is below 32, the stride of the network")
+            raise ValueError(f"image_size={H}x{W} is too small: use at least 32x32")
         self.patch_stride = (2, output_stride, output_stride)           # input per output token
         self.stem_dim, self.embed_dim = embed_dim, embed_dim * 2 ** (len(stages) - 1)
         self.checkpointing, self.pool, self.dropout = checkpointing, pool, dropout
@@ -316,7 +317,7 @@ class MViT(nn.Module):
 
 
 def mvit_nano(**kw):
-    """0.1 M parameters, output stride 8: an example that a CPU trains in a minute."""
+    """0.1 M parameters, output stride 8, for the example on a CPU. Not in the paper."""
     return MViT(32, 1, (1, 2), **{"output_stride": 8, "kv_stride": 4, **kw})
 
 

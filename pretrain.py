@@ -7,12 +7,13 @@ of what is hidden.
     torchrun --nnodes=16 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         pretrain.py --data k400/ --model mvitv2_s                                          # sixteen
     torchrun --nproc_per_node=8 pretrain.py --data imagenet/ --model vit_b                 # Table 7
-    torchrun --nproc_per_node=8 pretrain.py --data imagenet/ --model vit_b \\
-        --target dino --teacher dino_vitb16.pth                                       # Tables 1, 2
+    torchrun --nproc_per_node=8 pretrain.py --data imagenet/ --model vit_b --epochs 300 \\
+        --target dino --teacher dino_vitb16.pth                                          # Table 2
     python pretrain.py --data k400/ --model mvitv2_s --dry-run                  # what it would cost
 
 Writes OUT/last.pt (weights, optimizer, step, recipe), OUT/log.jsonl, OUT/loss.png and
-OUT/prediction.png. A run that was stopped or killed goes on from OUT/last.pt with --resume.
+OUT/prediction.png (for clips .gif as well). A run that was stopped or killed goes on from
+OUT/last.pt with --resume.
 """
 import dataclasses
 import os
@@ -65,7 +66,7 @@ class Recipe:
     norm: str = option("l2", "HOG normalization", ("none", "l1", "l2"))
     hog_scale: float = option(1.0, "factor on HOG, for norm=none, whose numbers are large")   # ours
     color: str = option("rgb", "HOG color space", ("gray", "rgb", "opponent"))
-    gradient: str = option("sobel", "HOG filter: release, or difference", ("sobel", "central"))
+    gradient: str = option("sobel", "HOG filter: release, or paper", ("sobel", "central"))
     pixel_norm: str = option("dataset", "pixel target: paper, or release", ("dataset", "patch"))
     teacher: str = option("", "file of the teacher's weights, or for label the folder of the maps")
     align: str = option("bilinear", "teacher's map to token grid, see targets.py",
@@ -74,7 +75,7 @@ class Recipe:
     label_order: str = option("xy", "box order of label maps: see targets.py", ("xy", "released"))
     # optimization
     epochs: int = option(300, "passes over the data")
-    batch_size: int = option(512, "samples per update over all GPUs, at most 1/16 of all")
+    batch_size: int = option(512, "samples per update; unless given, at most 1/16 of all")
     lr: float = option(1e-4, "peak learning rate at lr_batch samples per update")
     lr_batch: int = option(32, "batch that the three learning rates belong to")
     warmup_epochs: float = option(10.0, "epochs of linear warm-up")
@@ -99,8 +100,8 @@ class Recipe:
     dry_run: bool = option(False, "two steps, then what the run would cost; nothing is written")
 
 
-KINETICS = Recipe()
-IMAGENET = Recipe(
+KINETICS = Recipe()                        # release: k400_MVITv2_S_16x4_MaskFeat_PT
+IMAGENET = Recipe(                              # release: in1k_VIT_B_MaskFeat_PT
     mask="block", lr=2e-4, lr_batch=256, batch_size=2048, warmup_epochs=30, device_batch=64,
     mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 TINY = Recipe(                                                # ours: three minutes on two CPU cores
@@ -121,8 +122,9 @@ RECIPES = {
         IMAGENET, model="vit_tiny", image_size=(64, 64), patch_size=8, epochs=50, batch_size=256,
         lr=5e-4, warmup_epochs=5, clip_grad=1.0),
 }
-# A resumed run may change where and how it runs. (device_batch and amp change rounding, and how
-# much a sample with few masked tokens counts in the mean.)
+# A resumed run may change where and how it runs. (amp and device_batch change rounding. The loss is
+# a mean over the masked tokens of each forward pass, so device_batch also changes how much a sample
+# with few masked tokens counts.)
 RUN_FIELDS = {"data", "out", "resume", "device_batch", "amp", "compile", "checkpointing", "workers",
               "save_minutes", "log_every", "dry_run"}
 
@@ -146,9 +148,11 @@ def check(recipe, samples):
         "hog_scale"), not_negative=("warmup_epochs", "warmup_lr", "min_lr", "weight_decay"),
         shares=("drop_path", "flip", "beta2"))
     if not 0 < recipe.mask_ratio < 1:
-        raise ValueError(f"mask_ratio={recipe.mask_ratio} is not between 0 and 1")
+        raise ValueError(f"mask_ratio={recipe.mask_ratio} is not between 0 and 1: the paper's "
+                         "is 0.4")
     if not 0 < recipe.crop_scale[0] <= recipe.crop_scale[1] <= 1:
-        raise ValueError(f"crop_scale={recipe.crop_scale} is not an increasing range within (0, 1]")
+        raise ValueError(f"crop_scale={recipe.crop_scale} is not an increasing range within (0, 1]:"
+                         " use two shares of the area, such as 0.5 1")
 
 
 def main():
@@ -188,7 +192,7 @@ def main():
     engine.print_setup(name, recipe, model, optimizer, world, device_batch, amp, print0)
     print0(f"{len(samples)} {samples.kind}s, {len(samples.ignored)} other files ignored, "
            f"{len(samples.missing)} listed but missing; {steps_per_epoch} steps per epoch, "
-           f"{recipe.epochs} effective epochs, {recipe.epochs * steps_per_epoch} steps; "
+           f"{recipe.epochs} epochs, {recipe.epochs * steps_per_epoch} steps; "
            f"{model.target.dim} numbers to predict per token of grid {'x'.join(map(str, grid))}")
     if hasattr(model.target, "teacher"):
         teacher = model.target.teacher
@@ -241,7 +245,8 @@ def draw_pictures(run, samples, model):
     recipe = run.recipe
     try:
         shown = layouts.find_samples(recipe.data, "val")
-        data.target_inputs(model.target, shown.paths, (1, 1), folder=recipe.teacher)  # label maps
+        if recipe.target == "label":
+            data.find_maps(shown.paths, recipe.teacher)       # raises if one is missing
     except (ValueError, OSError):
         run.print0(f"{recipe.data} has no validation part"
                    + " with label maps" * (recipe.target == "label")

@@ -27,7 +27,7 @@ def test_run(pretrained):
     checkpoint = read_checkpoint(out / "last.pt")
     recipe = checkpoint["recipe"]
     assert lines[0]["lr"] == pytest.approx(1e-5 * recipe["batch_size"] / recipe["lr_batch"])
-    for words in ("12 videos", "3 steps per epoch, 3 effective epochs, 9 steps",
+    for words in ("12 videos", "3 steps per epoch, 3 epochs, 9 steps",
                   "batch 4 = 1 processes x 4 samples", "peak memory", "prediction.png"):
         assert words in output, words
     assert not any(name.startswith(("module.", "_orig_mod.")) or "hog" in name
