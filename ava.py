@@ -123,9 +123,9 @@ AVA = Recipe()  # MViTv1, MViTv2: SGD, 0.6 at 512, 30 epochs, drop path 0.4
 RECIPES = {
     "tiny": Recipe(  # ours: minutes on two CPU cores
         model="mvit_nano", image_size=(64, 64), num_frames=8, sampling_rate=4, jitter=(64, 80),
-        drop_path=0.0, optimizer="adamw", epochs=14, batch_size=8, lr=2e-3, lr_batch=8,
+        drop_path=0.0, optimizer="adamw", epochs=30, batch_size=8, lr=2e-3, lr_batch=8,
         warmup_epochs=1.0, warmup_lr=1e-5, min_lr=1e-5, weight_decay=0.05, clip_grad=1.0,
-        val_epochs=4, baseline=True, device_batch=8, checkpointing=False, compile="off"),
+        val_epochs=10, baseline=True, device_batch=8, checkpointing=False, compile="off"),
     "ava_mvitv2_l_312_40x3": AVA,  # Table 4, from Kinetics-400: 36.3 center, 37.5 full
     "ava_mvitv2_s_16x4": replace(
         AVA, model="mvitv2_s", image_size=(224, 224), num_frames=16, sampling_rate=4,
