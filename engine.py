@@ -699,7 +699,7 @@ def parse_recipe(recipes, description, argv=None):
                              f"{len(values)}")
             overrides[key] = tuple(values) * (length // len(values))
     changed, row = set(overrides) | ({"recipe"} if named else set()), recipes[name]
-    path = os.path.join(overrides.get("out", row.out), "last.pt")
+    path = os.path.join(overrides.get("out", getattr(row, "out", "")), "last.pt")
     if overrides.get("resume") and not named and os.path.isfile(path):
         stored = read_checkpoint(path).get("recipe", {})
         known = {field.name for field in dataclasses.fields(row)} & set(stored)
