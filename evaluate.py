@@ -277,6 +277,15 @@ def linear_probe(train, val, num_classes, device, lrs=(0.03, 0.1, 0.3, 1.0, 3.0)
                        for f, t in ((x, y), (x_val, y_val)))) for lr, head in zip(lrs, heads)]
 
 
+def check_kind(recipe, samples):
+    """Raise ValueError unless the samples are what the checkpoint's model takes."""
+    kind = "video" if models.takes_clips(recipe.model) else "image"
+    if samples.kind != kind:
+        raise ValueError(f"{recipe.checkpoint} is {recipe.model} and takes {kind}s, but "
+                         f"{samples.root} holds {samples.kind}s: choose other data or another "
+                         "checkpoint")
+
+
 def extract(model, recipe, classes, device, rank, world, print0):
     """--features and --probe: pooled features of frozen weights."""
     forward, features = on_views(model.features, recipe, device), {}
@@ -284,6 +293,7 @@ def extract(model, recipe, classes, device, rank, world, print0):
         samples = layouts.find_samples(recipe.data, split,
                                        recipe.limit_per_class if split == "train" else 0,
                                        recipe.seed)
+        check_kind(recipe, samples)
         dataset = view_dataset(samples, recipe, recipe.clips, recipe.crops)
         records, unreadable = over_views(forward, dataset, recipe, device, rank, world,
                                          f"features of {split}")
@@ -342,7 +352,7 @@ def parse_flags():
     add("checkpoint")
     add("--data", help="folder with the data, by default that of the checkpoint")
     add("--predict", nargs="+", help="print the top five classes of these files")
-    add("--features", help="write pooled features of the validation part to this npz")
+    add("--features", default="", help="write pooled features of the validation part to this npz")
     add("--probe", action="store_true", help="train a linear classifier on frozen features")
     add("--clips", type=int, help="clips per video, from its start to its end")
     add("--crops", type=int, choices=(1, 3), help="crops per clip: center, or 3 along a side")
@@ -393,9 +403,9 @@ def main():
                              layouts.find_labeled(recipe.data, "val", classes=classes)[0])
     if not needs_head:
         return extract(model, recipe, classes, device, rank, world, print0)
+    check_kind(recipe, layouts.find_samples(recipe.data, "val"))
     samples, classes = layouts.find_labeled(recipe.data, "val", classes=classes,
                                             num_classes=recipe.num_classes)
-    models.check_kind(recipe.model, samples)
     if samples.classes and not stored_names:
         print0(f"note: the checkpoint names none of its {len(classes)} classes: they are taken to "
                f"be those of the data in this order: {', '.join(classes[:3])} ...")

@@ -325,6 +325,9 @@ def main():
     if device.type == "cpu" and "device_batch" not in overrides \
             and not recipe.model.endswith(("_nano", "_tiny")):
         recipe = replace(recipe, device_batch=2 * recipe.repeats)             # mixup needs a pair
+    if recipe.init and not recipe.resume and not os.path.isfile(recipe.init):
+        raise FileNotFoundError(f"--init: no checkpoint at {recipe.init}: run pretrain.py before, "
+                                "or start from scratch with --init ''")
     if not recipe.data:
         few = {key: value for key, value in FEW_LABELS.items() if key not in overrides}
         recipe = replace(

@@ -6,7 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import runs
+import test_old_checkpoints
+from conftest import GOLDEN
+from PIL import Image
 
+import models
 from evaluate import accuracy
 
 
@@ -40,6 +44,19 @@ def test_unreadable_video_is_named_not_replaced(clips, finetuned, tmp_path):
     assert [count for _, count in result["per_class"].values()] == [1, 2]
 
 
+def test_data_of_another_kind_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(models.MODELS, "mvit_tiny", test_old_checkpoints.tiny)
+    for split in ("train", "val"):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / split / name / "1.png")
+    for flags in ([], ["--features", tmp_path / "f.npz"], ["--probe"]):
+        name = "finetune" if not flags else "pretrain"
+        error = runs.refusal(monkeypatch, capsys, "evaluate", GOLDEN / f"old_{name}.pt", "--data",
+                             tmp_path, *flags)
+        assert "takes videos" in error and "holds images" in error
+
+
 @pytest.mark.slow
 def test_predict_features_probe(clips, finetuned, pretrained, tmp_path):
     checkpoint, video = finetuned[0] / "last.pt", clips / "val/level_left_right/0.mp4"
@@ -53,8 +70,8 @@ def test_predict_features_probe(clips, finetuned, pretrained, tmp_path):
     assert set(shares) == {"level_left_right", "rings_up_down"}
     assert sum(shares.values()) == pytest.approx(100, abs=0.02)
     out = tmp_path / "features.npz"
-    output = runs.run_well("evaluate.py", pretrained[0] / "last.pt", "--data", clips, "--features",
-                           out, "--probe")
+    runs.run_well("evaluate.py", pretrained[0] / "last.pt", "--data", clips, "--features", out)
+    output = runs.run_well("evaluate.py", pretrained[0] / "last.pt", "--data", clips, "--probe")
     found = np.load(out)
     assert found["features"].shape == (4, 64) and np.isfinite(found["features"]).all()
     assert found["features"].std() > 0 and found["labels"].tolist() == [0, 0, 1, 1]

@@ -118,8 +118,10 @@ def test_other_model_other_classes_empty_validation(clips, pretrained, finetuned
     assert not (tmp_path / "out").exists()
 
 
-def test_comparison_over_seeds(monkeypatch, capsys):
+def test_comparison_over_seeds(monkeypatch, capsys, tmp_path):
     """Without data: few labels, three seeds of both, each in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "i").touch()
     seen, scratch = {}, {}
 
     def train(name, recipe, *_):
