@@ -428,14 +428,14 @@ class Run:
         self.print0 = tqdm.write if self.rank == 0 else lambda line: None
         self.checkpoint_path = os.path.join(recipe.out, "last.pt")
         self.log_path = os.path.join(recipe.out, "log.jsonl")
-        self.step = self.skipped = 0
+        self.step = skipped = 0
         if checkpoint:
             check_resume(self.checkpoint_path, checkpoint, recipe, fingerprint, run_fields)
             model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             if checkpoint["scaler"]:                          # empty but for fp16
                 scaler.load_state_dict(checkpoint["scaler"])
-            self.step, self.skipped = checkpoint["step"], checkpoint["skipped"]
+            self.step, skipped = checkpoint["step"], checkpoint["skipped"]
             self.print0(f"resumed {self.checkpoint_path} at step {self.step}")
         if len(set(gather_list([self.step]))) > 1:
             raise ValueError(f"not all nodes see the same {self.checkpoint_path}: put --out on a "
@@ -444,9 +444,11 @@ class Run:
         if self.rank == 0:
             drop_later_lines(self.log_path, self.step, self.print0)
         self.first_loss, self.has_risen = None, False
-        self.saved_step, self.skipped_in_row, self.save_is_due = self.step, 0, False
+        self.saved_step, self.save_is_due = self.step, False
         self.unreadable, self.new_unreadable = {}, {}         # path: reason
-        self.loss_sum, self.loss_steps = torch.zeros((), device=device), 0
+        # These stay on the GPU until they are read for the log or before saving.
+        self.skipped, self.skipped_in_row, self.loss_sum, self.loss_steps = torch.tensor(
+            [skipped, 0.0, 0.0, 0.0], device=device)
         self.save_time = time.monotonic()
         self.restart_clock()
         self.stop = StopSignal()
@@ -494,30 +496,33 @@ class Run:
             sys.exit(128 + signal.Signals[name])
 
     def end_step(self, loss, lr, **values):
-        """Clip, step or skip, then log and save where due.
+        """Clip, step or skip, then log and save where due. Only the last two wait for the GPU.
 
         loss: scalar tensor, this rank's mean over its part of the batch. values: more to log.
         """
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), self.recipe.clip_grad or math.inf)
-        finite = torch.isfinite(grad_norm).item()             # of the mean over ranks: all agree
-        if finite:
+        skip = 1 - torch.isfinite(grad_norm).float()          # of the mean over ranks: all agree
+        if self.optimizer.defaults.get("fused"):
+            self.optimizer.found_inf = skip                   # then its kernel changes nothing
             self.scaler.step(self.optimizer)
-            self.loss_sum, self.loss_steps = self.loss_sum + loss, self.loss_steps + 1
-            self.skipped_in_row = 0
-        else:
-            self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
+        elif not skip:
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        if self.skipped_in_row == MAX_SKIPPED:
-            raise ValueError(f"the {MAX_SKIPPED} steps up to {self.step} gave a non-finite loss or "
-                             f"gradient: lower --lr, or use --amp fp32. {self.checkpoint_path} is "
-                             "as it was before them")
+        self.skipped, self.skipped_in_row = self.skipped + skip, (self.skipped_in_row + 1) * skip
+        self.loss_sum = self.loss_sum + torch.where(skip > 0, 0.0, loss)
+        self.loss_steps = self.loss_steps + 1 - skip
         epoch_ends = self.step % self.steps_per_epoch == 0
-        if self.step <= 10 or self.step % self.recipe.log_every == 0 or epoch_ends:
-            self.write_log(lr, grad_norm.item() if finite else None, values)
+        logs = self.step <= 10 or self.step % self.recipe.log_every == 0 or epoch_ends
+        if (logs or self.step % MAX_SKIPPED == 0) and self.skipped_in_row >= MAX_SKIPPED:
+            raise ValueError(f"the {self.skipped_in_row:.0f} steps up to {self.step} gave a "
+                             "non-finite loss or gradient: lower --lr, or use --amp fp32. "
+                             f"{self.checkpoint_path} is as it was before them")
+        if logs:
+            self.write_log(lr, None if skip else grad_norm.item(), values)
         self.bar.update()
         late = time.monotonic() - self.save_time > 60 * self.recipe.save_minutes
         self.save_is_due = self.save_is_due or late or epoch_ends
@@ -548,11 +553,11 @@ class Run:
                 f"{MAX_UNREADABLE:.0%}: {', '.join(sorted(self.unreadable))}")
         self.bar.set_postfix_str(
             f"loss {loss:.4f}, lr {lr:.1e}, {speed:.1f} {self.unit}s/s, waits {wait:.0%}"
-            if self.loss_steps else f"{self.skipped} steps skipped", refresh=False)
+            if loss is not None else f"{self.skipped:.0f} steps skipped", refresh=False)
         self.log(step=self.step, epoch=self.epoch, loss=loss, lr=lr, samples_per_second=speed,
-                 data_wait=wait, **values, grad_norm=grad_norm, skipped=self.skipped,
+                 data_wait=wait, **values, grad_norm=grad_norm, skipped=int(self.skipped),
                  unreadable=len(self.unreadable))
-        self.loss_sum, self.loss_steps = torch.zeros_like(self.loss_sum), 0
+        self.loss_sum, self.loss_steps = torch.zeros(2, device=self.device)
         self.new_unreadable = {}
         self.restart_clock()
 
@@ -575,7 +580,7 @@ class Run:
         if self.rank == 0:
             save_checkpoint(self.checkpoint_path, {
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "step": self.step, "skipped": self.skipped,
+                "scaler": self.scaler.state_dict(), "step": self.step, "skipped": int(self.skipped),
                 "recipe": dataclasses.asdict(self.recipe), "data": self.fingerprint, **self.extra})
         self.saved_step, self.save_time, self.save_is_due = self.step, time.monotonic(), False
 
@@ -584,11 +589,12 @@ class Run:
         self.bar.close()
         self.save_if_safe()
         self.stop.release()
-        self.print0(f"{self.step} steps, {self.skipped} skipped for non-finite gradients, "
+        skipped = int(self.skipped)
+        self.print0(f"{self.step} steps, {skipped} skipped for non-finite gradients, "
                     f"{len(self.unreadable)} unreadable files replaced; peak memory "
                     f"{peak_memory(self.device):.2f} GiB")
-        if self.skipped > max(MAX_SKIPPED_SHARE * self.total_steps, 5):
-            raise ValueError(f"{self.skipped} of {self.total_steps} steps were skipped for a "
+        if skipped > max(MAX_SKIPPED_SHARE * self.total_steps, 5):
+            raise ValueError(f"{skipped} of {self.total_steps} steps were skipped for a "
                              f"non-finite loss or gradient: do not use {self.checkpoint_path}, "
                              "train again with a lower --lr or with --amp fp32")
 

@@ -41,10 +41,10 @@ PLAIN = {                                                     # what -> its plai
         lambda self, images: plain.plain_hog(images.float()))}
 
 
-def plainly(function):
-    """The same function, run with the plain forms."""
-    for place, form in PLAIN.items():
-        function = mock.patch.object(*place, form)(function)
+def plainly(function, places=tuple(PLAIN)):
+    """The same function, run with the plain forms of these places."""
+    for place in places:
+        function = mock.patch.object(*place, PLAIN[place])(function)
     return function
 
 
@@ -56,9 +56,13 @@ def take_turns(sides, rounds):
     return [*zip(*([1e3 * t.timeit(n) / n for t, n in zip(timers, calls)] for _ in range(rounds)))]
 
 
-def make_step(recipe, batch):
-    """A function that does one update on random input, as pretrain.py does."""
+def make_step(recipe, batch, amp="auto", backend=None):
+    """A function that does one update on random input, as pretrain.py does. backend: of
+    torch.compile, None for eager."""
     model = models.build_maskfeat(vars(recipe)).to(DEVICE)
+    if backend:
+        model.compile(backend=backend)
+    _, autocast, scaler = engine.mixed_precision(amp, DEVICE)
     T = [recipe.num_frames] if models.takes_clips(recipe.model) else []
     x = torch.randn(batch, 3, *T, *recipe.image_size, device=DEVICE)
     grid = [side // stride for side, stride in zip(x.shape[2:], model.encoder.patch_stride)]
@@ -66,11 +70,13 @@ def make_step(recipe, batch):
     optimizer = torch.optim.AdamW(engine.param_groups(model, recipe.weight_decay), fused=True)
 
     def step():
-        with AUTOCAST():
+        with autocast():
             loss, _ = model(x, mask)
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
     return step
@@ -114,19 +120,25 @@ def bench_parts(rounds):
         yield name, "ms", *take_turns([run, plainly(run)], rounds)
 
 
-def bench_reading(rounds, kind, width, height):
-    """A random clip of a video of 10 s that pans over noise, or a JPEG of noise."""
+def draw_noise(width, height, frames):
+    """Frames of a pan over noise, (T, H, W, 3)."""
     noise = np.random.default_rng(0).integers(0, 256, (height // 8, width // 4, 3), np.uint8)
     noise = np.asarray(Image.fromarray(noise).resize((2 * width, height)))
     views = np.lib.stride_tricks.sliding_window_view(noise, width, axis=1)    # (H, T, 3, W)
+    return views[:, :frames].transpose(1, 0, 3, 2)
+
+
+def bench_reading(rounds, kind, width, height):
+    """A random clip of a video of 10 s that pans over noise, or a JPEG of noise."""
+    frames = draw_noise(width, height, 300)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/file.{kind}"
         if kind == "mp4":
-            synthetic.write_video(path, views[:, :300].transpose(1, 0, 3, 2))
+            synthetic.write_video(path, frames)
             sides = [lambda form=form: form(path, position=random.random())
                      for form in (video.read_clip, plain.plain_clip)]
         else:
-            Image.fromarray(noise[:, :width]).save(path, quality=90)
+            Image.fromarray(frames[0]).save(path, quality=90)
             sides = [lambda: video.read_image(path)]
         torch.set_num_threads(1)                              # as in a worker of the loader
         yield f"{kind} of {width}x{height}", "ms", *take_turns(sides, rounds)
