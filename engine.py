@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import inspect
 import json
 import math
 import os
@@ -40,8 +41,18 @@ MAX_UNREADABLE = 0.1  # share of the files
 
 # --------------------------------------------------------------------------------------- processes
 
+def follow_launcher():
+    """If `torchrun` is killed, its processes get SIGTERM, save and leave (Linux). They would train
+    on otherwise, and stand in the way of the run that goes on."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)            # 1: PR_SET_PDEATHSIG
+
+
 def init_distributed():
     """Join the process group of `torchrun`, if any. Returns (rank, world size, device)."""
+    follow_launcher()
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -126,8 +137,11 @@ def wrap_ddp(model):
     """The model under DistributedDataParallel if there are several processes."""
     if not dist.is_initialized():
         return model
-    # Buffers are constants here, a whole teacher may be among them.
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    # Buffers are constants here, a whole teacher may be among them. (Newer torch has a new name.)
+    names = "forward_sync_buffers", "broadcast_buffers"
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync_buffers = next(name for name in names if name in known)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{sync_buffers: False})
 
 
 def sync(model, last):

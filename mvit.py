@@ -122,7 +122,8 @@ class MultiScaleAttention(nn.Module):
 
         The class token is only normalized. A 3x3x3 convolution is the sum of three 3x3
         convolutions: the first slice of the kernel on frame t - 1, the middle one on frame t, and
-        the last one on frame t + 1. (On a CPU, up to twice as fast as conv3d.)
+        the last one on frame t + 1. (Against conv3d, a compiled step takes a sixth of the time
+        on an H200, and 0.9 of it on a CPU.)
         """
         cls, x = x.split((1, x.shape[1] - 1), dim=1)
         D = x.shape[-1]

@@ -1,4 +1,5 @@
 """Scripts as processes: start, kill at a step, read what they left."""
+import contextlib
 import importlib
 import json
 import os
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import engine
 from engine import read_checkpoint
@@ -62,9 +64,10 @@ def log_of(out):
         return [json.loads(line) for line in f if line.endswith("\n")]
 
 
-def kill_at(step, out, script, *flags, sent=signal.SIGKILL, **kw):
-    """Start a run, and kill it and its children once the log in `out` shows `step`.
+def kill_at(step, out, script, *flags, sent=signal.SIGKILL, children=True, **kw):
+    """Start a run, and kill it once the log in `out` shows `step`, with SIGKILL its children, too.
 
+    Under torchrun the first process is the launcher, and its children have groups of their own.
     Returns (exit status, output).
     """
     process = subprocess.Popen(command(script, *flags, **kw), stdout=subprocess.PIPE, text=True,
@@ -76,7 +79,11 @@ def kill_at(step, out, script, *flags, sent=signal.SIGKILL, **kw):
                 break
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.05)
+        found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         (os.killpg if sent == signal.SIGKILL else os.kill)(process.pid, sent)
+        for child in map(int, found if sent == signal.SIGKILL and children else ()):
+            with contextlib.suppress(ProcessLookupError):     # it was in the group
+                os.kill(child, sent)
         output = process.communicate(timeout=120)[0]
     finally:
         if process.poll() is None:

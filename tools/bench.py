@@ -41,6 +41,11 @@ PLAIN = {                                                     # what -> its plai
         lambda self, images: plain.plain_hog(images.float()))}
 
 
+def machine():
+    return (f"{torch.cuda.get_device_name() if GPU else 'CPU'}, {torch.get_num_threads()} threads, "
+            f"torch {torch.__version__}")
+
+
 def plainly(function, places=tuple(PLAIN)):
     """The same function, run with the plain forms of these places."""
     for place in places:
@@ -163,9 +168,8 @@ def main():
     args = parser.parse_args()
     rounds = args.rounds or (3 if args.quick else 7)
     files = ("mp4", 340, 256), ("mp4", 1280, 720), ("jpg", 500, 375)
-    machine = (f"{torch.cuda.get_device_name() if GPU else 'CPU'}, {torch.get_num_threads()} "
-               f"threads, torch {torch.__version__}, {rounds} rounds")
-    print(f"{machine}\n{'':44}{'ours':>9}{'plain':>14}  ratio")
+    about = f"{machine()}, {rounds} rounds"
+    print(f"{about}\n{'':44}{'ours':>9}{'plain':>14}  ratio")
     benches = [bench_parts(rounds)]
     for name in args.models or (["mvitv2_s"] if args.quick else BATCH):
         benches.append(bench_step(rounds, name, args.batch or BATCH[name][GPU]))
@@ -176,7 +180,7 @@ def main():
         print(("{name:44}{ours:9.4g} {unit:3}" + ratio).format(**line), flush=True)
         lines.append(line)
     if args.json:
-        Path(args.json).write_text(json.dumps({"machine": machine, "lines": lines}, indent=1))
+        Path(args.json).write_text(json.dumps({"machine": about, "lines": lines}, indent=1))
 
 
 if __name__ == "__main__":

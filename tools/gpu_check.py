@@ -32,7 +32,7 @@ import models
 import pretrain
 from hog import HOG
 from tests.golden import make_checkpoint
-from tools import bench, synthetic
+from tools import bench, peers, synthetic
 from tools.flops import count_flops
 
 GPU, DEVICE = bench.GPU, bench.DEVICE
@@ -239,38 +239,10 @@ def example(small):
     yield {"run": "finetune.py", "s": seconds, "says": text.strip().splitlines()[-1]}
 
 
-def peers(small):
-    """Forward and backward of timm's and torchvision's models, where they are installed."""
-    pairs = [("timm", "vit_base_patch16_224", "vit_b"), ("torchvision", "mvit_v2_s", "mvitv2_s")]
-    for package, theirs, ours in pairs:
-        try:
-            if package == "timm":
-                import timm
-                other = timm.create_model(theirs)
-            else:
-                import torchvision
-                other = torchvision.models.video.mvit_v2_s()
-        except ImportError:
-            yield {"peer": f"{package} is not installed"}
-            continue
-        shape, batch = ((3, 224, 224), 64) if package == "timm" else ((3, 16, 224, 224), 8)
-        x = torch.randn(1 if small or not GPU else batch, *shape, device=DEVICE)
-        for who, model in (theirs, other), (ours, models.MODELS[ours]()):
-            model = model.to(DEVICE).train()
-
-            def step(model=model, x=x):
-                with bench.AUTOCAST():
-                    loss = model(x).float().logsumexp(1).mean()
-                loss.backward()
-                model.zero_grad()
-            yield {"peer": who, "batch": len(x),
-                   "forward and backward, ms": 1e3 * seconds_of(step, 2 if small else 10)}
-
-
 PARTS = {"numbers": numbers, "mvitv2_s": functools.partial(steps, "mvitv2_s"),
          "vit_b": functools.partial(steps, "vit_b"), "hog": hog_alone, "runs": runs,
-         "forms": forms, "peers": peers, "loader": loader, "example": example, "fp16": fp16,
-         "vit_l": functools.partial(steps, "vit_l"),
+         "forms": forms, "peers": lambda small: peers.rows(1, small), "loader": loader,
+         "example": example, "fp16": fp16, "vit_l": functools.partial(steps, "vit_l"),
          "mvitv2_l": functools.partial(steps, "mvitv2_l")}    # most valuable first
 
 
