@@ -3,7 +3,7 @@
 A two-channel convolution gives the gradient of every pixel. Each pixel votes for the orientation of
 its gradient, weighted by the magnitude, in the histogram of its cell and color. Each histogram is
 normalized to unit length. The numbers equal those of the release (SlowFast) to 1e-6, but for flat
-cells: see the end of `HOG.forward`.
+cells and edges without rounding: see `HOG.forward`.
 """
 import math
 
@@ -58,6 +58,9 @@ class HOG(nn.Module):
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             g = F.conv2d(x, self.kernels.float(), groups=3)             # (B, 3 * 2, H, W)
         gx, gy = self._mix_colors(g.unflatten(1, (3, 2))).unbind(2)     # (B, C, H, W) each
+        # Along an edge, the sign of gx is left to rounding, and the first and the last bin meet at 0
+        # (ours). One 8-bit step is at least 1 / 255 / 0.225 = 1.7e-2.
+        gx = torch.where(gx.abs() < 1e-5, 0.0, gx)
         magnitude = torch.hypot(gx, gy)
         # The angle is measured from the vertical (release). Opposite gradients vote alike.
         bin = (torch.atan2(gx, gy) / math.pi * self.bins).floor() % self.bins

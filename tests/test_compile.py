@@ -94,7 +94,7 @@ def test_finetuning_step_is_one_graph_compiled_once(name, size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, amp, rel", [("mvit_tiny", "fp32", 1e-5), ("vit_tiny", "fp32", 1e-5),
-                                            ("vit_tiny", "bf16", 1e-3)])
+                                            ("vit_tiny", "bf16", 1e-2)])
 def test_compiled_steps_do_the_same(name, amp, rel):
     torch.manual_seed(0)
     net = maskfeat(name)

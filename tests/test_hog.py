@@ -252,3 +252,14 @@ def test_errors_name_the_value():
         unpatch_hog(torch.zeros(1, 15, 108), (4, 4), 2)
     with pytest.raises(ValueError, match="batch axis"):
         draw_hog(torch.zeros(1, 3, 9, 4, 4))
+
+
+def test_rounding_does_not_choose_the_bin():
+    """Where rows are constant, gx is 0 but for rounding of either sign: the vote is for bin 0."""
+    rng = np.random.default_rng(0)
+    rows = torch.from_numpy(rng.integers(0, 256, (2, 3, 32, 1))).float().expand(-1, -1, -1, 48)
+    images = (rows / 255 - 0.45) / 0.225
+    noise = torch.from_numpy(rng.uniform(-1e-7, 1e-7, images.shape)).float()
+    for x in (images, images + noise):
+        histogram = HOG(norm="none")(x)
+        assert histogram[:, :, 0].min() > 1 and histogram[:, :, 1:].max() < 1e-2
