@@ -1,5 +1,4 @@
 """tools/gpu_check.py on a CPU, in small."""
-import json
 import subprocess
 import sys
 
@@ -16,23 +15,14 @@ def test_table():
 
 
 @pytest.mark.slow
-def test_runs(tmp_path):
-    """Whole runs agree with killed and resumed ones."""
-    gpu_check.run_part("runs", True, str(tmp_path / "runs.json"))
-    row, = json.loads((tmp_path / "runs.json").read_text())
-    assert row["steps"] == 6 and row["losses equal after kill and resume"] == "6 of 6"
-
-
-@pytest.mark.slow
 def test_command(tmp_path):
     """A part that is done is not run again, one that fails stops no other, and a table is left."""
     (tmp_path / "mvitv2_s.json").write_text('[{"step": "done before"}]')
-    (tmp_path / "vit_b.json").mkdir()                         # cannot be written, and exists
+    (tmp_path / "hog.json").mkdir()                           # its file cannot be written
     command = [sys.executable, "-m", "tools.gpu_check", "--small", "--out", str(tmp_path),
-               "--parts", "mvitv2_s", "vit_b", "fp16", "loader"]
+               "--parts", "mvitv2_s", "hog", "fp16", "loader"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "vit_b ended with an error" in done.stderr, done.stderr
+    assert done.returncode == 2 and "hog ended with an error" in done.stderr, done.stderr
     table = (tmp_path / "table.md").read_text()
     assert "done before" in table and "| mvit_nano | eager | fp16 | 2 |" in table
-    clips = float(table.split("| 16x4 clips of 340x256 | 1 | ")[1].split()[0])
-    assert clips > 0
+    assert float(table.split("| 16x4 clips of 340x256 | 1 | ")[1].split()[0]) > 0
