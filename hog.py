@@ -58,8 +58,8 @@ class HOG(nn.Module):
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             g = F.conv2d(x, self.kernels.float(), groups=3)             # (B, 3 * 2, H, W)
         gx, gy = self._mix_colors(g.unflatten(1, (3, 2))).unbind(2)     # (B, C, H, W) each
-        # Along an edge, the sign of gx is left to rounding, and the first and the last bin meet at 0
-        # (ours). One 8-bit step is at least 1 / 255 / 0.225 = 1.7e-2.
+        # Along an edge gx is 0 but for rounding, whose sign would choose between the first and the
+        # last bin (ours). One 8-bit step is at least 1 / 255 / 0.225 = 1.7e-2.
         gx = torch.where(gx.abs() < 1e-5, 0.0, gx)
         magnitude = torch.hypot(gx, gy)
         # The angle is measured from the vertical (release). Opposite gradients vote alike.
