@@ -81,7 +81,8 @@ def sheet(columns, names):
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
     for i, (column, name) in enumerate(zip(columns, names)):
         top, left = i // 8 * height, MARGIN + i % 8 * (W + GAP)
-        pen.text((left, top + 2), name[:W // 8], "black", font)
+        fits = next(n for n in range(len(name), -1, -1) if font.getlength(name[:n]) <= W)
+        pen.text((left, top + 2), name[:fits], "black", font)
         for panel, row, y in zip(column, ROWS, range(top + TITLE, top + height, H + GAP)):
             picture.paste(Image.fromarray(panel), (left, y))
             if i % 8 == 0:
