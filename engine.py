@@ -37,17 +37,18 @@ SAFE_TYPES = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in "
               (NUMBER, "numpy.core.multiarray.scalar"), (NUMBER, "numpy._core.multiarray.scalar")]
 MAX_SKIPPED = 20      # steps with a non-finite gradient in a row: more than a loss scale needs
 MAX_UNREADABLE = 0.1  # share of the files
+LAUNCHER_DIED = getattr(signal, "SIGUSR1", signal.SIGTERM)  # may come once for each of its threads
 
 
 # --------------------------------------------------------------------------------------- processes
 
 def follow_launcher():
-    """If `torchrun` is killed, its processes get SIGTERM, save and leave (Linux). They would train
+    """If `torchrun` is killed, its processes get a signal, save and leave (Linux). They would train
     on otherwise, and stand in the way of the run that goes on."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         import ctypes
 
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)            # 1: PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, LAUNCHER_DIED)             # 1: PR_SET_PDEATHSIG
 
 
 def init_distributed():
@@ -383,7 +384,8 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """SIGTERM and SIGINT set a flag and end the waiting for data. The second one exits at once.
+    """SIGTERM, SIGINT and the launcher's death set a flag and end the waiting for data. A second
+    SIGTERM or SIGINT exits at once.
 
     `agreed()` is the name of the signal if any rank got one, else "".
     """
@@ -391,7 +393,7 @@ class StopSignal:
     def __init__(self):
         self.number, self.waiting = 0, False
         self.usual = {number: signal.signal(number, self.receive)
-                      for number in (signal.SIGTERM, signal.SIGINT)}
+                      for number in {signal.SIGTERM, signal.SIGINT, LAUNCHER_DIED}}
 
     def release(self):
         """Give both signals back their usual effect, where there is nothing to save."""
@@ -399,6 +401,8 @@ class StopSignal:
             signal.signal(number, handler)
 
     def receive(self, number, frame):
+        if self.number and number == LAUNCHER_DIED:
+            return
         if self.number:
             sys.exit(128 + number)
         self.number = number

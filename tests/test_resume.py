@@ -36,7 +36,7 @@ def test_killed_and_resumed_is_bit_equal(script, processes, workers, clips, pret
     for step, alone in zip(sorted(steps.tolist()), (False, processes > 1)):
         _, output = runs.kill_at(step, out, f"{script}.py", *resume, processes=processes,
                                  children=not alone)
-        assert ("stopped by SIGTERM" in output) == alone, output
+        assert ("stopped by SIGUSR1" in output) == alone, output
     assert "resumed" in runs.run_well(f"{script}.py", *resume, processes=processes)
     runs.assert_same_weights(whole, out)
     drop = {"time", "samples_per_second", "data_wait"}
