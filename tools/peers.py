@@ -115,10 +115,10 @@ def rows(rounds=3, small=False):
         row = {"what": what.__name__, "peer": name}
         try:
             importlib.import_module(package)
+            turns = [(apart(what, "", small), apart(what, package, small)) for _ in range(rounds)]
         except Exception as error:                            # a broken installation is no peer
-            yield row | {"note": f"not here: {str(error)[:60]}"}
+            yield row | {"note": f"does not run here: {str(error).splitlines()[0][:60]}"}
             continue
-        turns = [(apart(what, "", small), apart(what, package, small)) for _ in range(rounds)]
         ours, theirs = map(statistics.median, zip(*turns))
         ratios = [a / b for a, b in turns]
         yield row | {"version": importlib.metadata.version(name), "ours, ms": ours,
