@@ -396,7 +396,7 @@ class StopSignal:
                       for number in {signal.SIGTERM, signal.SIGINT, LAUNCHER_DIED}}
 
     def release(self):
-        """Give both signals back their usual effect, where there is nothing to save."""
+        """Give the signals back their usual effect, where there is nothing to save."""
         for number, handler in self.usual.items():
             signal.signal(number, handler)
 

@@ -3,7 +3,7 @@
 A two-channel convolution gives the gradient of every pixel. Each pixel votes for the orientation of
 its gradient, weighted by the magnitude, in the histogram of its cell and color. Each histogram is
 normalized to unit length. The numbers equal those of the release (SlowFast) to 1e-6, but for flat
-cells and edges without rounding: see `HOG.forward`.
+cells, and pixels whose gx is zero but for rounding: see `HOG.forward`.
 """
 import math
 
@@ -58,8 +58,8 @@ class HOG(nn.Module):
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             g = F.conv2d(x, self.kernels.float(), groups=3)             # (B, 3 * 2, H, W)
         gx, gy = self._mix_colors(g.unflatten(1, (3, 2))).unbind(2)     # (B, C, H, W) each
-        # Along an edge gx is 0 but for rounding, whose sign would choose between the first and the
-        # last bin (ours). One 8-bit step is at least 1 / 255 / 0.225 = 1.7e-2.
+        # On a horizontal edge gx is 0 but for rounding, whose sign would choose between the first
+        # and the last bin (ours). One 8-bit step is at least 1 / 255 / 0.225 = 1.7e-2.
         gx = torch.where(gx.abs() < 1e-5, 0.0, gx)
         magnitude = torch.hypot(gx, gy)
         # The angle is measured from the vertical (release). Opposite gradients vote alike.

@@ -79,7 +79,8 @@ def kill_at(step, out, script, *flags, sent=signal.SIGKILL, children=True, **kw)
                 break
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.05)
-        found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")      # Linux
+        found = listed.read_text().split() if listed.exists() else ()
         (os.killpg if sent == signal.SIGKILL else os.kill)(process.pid, sent)
         for child in map(int, found if sent == signal.SIGKILL and children else ()):
             with contextlib.suppress(ProcessLookupError):     # it was in the group

@@ -5,12 +5,12 @@ import sys
 import pytest
 from conftest import ROOT
 
-from tools import gpu_check
+from tools import bench
 
 
 def test_table():
     rows = [{"a": 1.23456, "b": "x", "c": ""}, {"a": 2, "d": 0.5}]
-    assert gpu_check.table(rows).splitlines() == [
+    assert bench.table(rows).splitlines() == [
         "| a | b | d |", "| --- | --- | --- |", "| 1.23 | x |  |", "| 2 |  | 0.5 |"]
 
 

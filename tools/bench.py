@@ -158,6 +158,15 @@ def summarize(name, unit, ours, other=()):
     return line
 
 
+def table(rows):
+    """Rows as a Markdown table, with the columns that any of them has."""
+    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if value != ""))
+    show = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)
+    lines = [columns, ["---"] * len(columns),
+             *([show(row.get(column, "")) for column in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="mvitv2_s, three rounds")

@@ -1,4 +1,4 @@
-"""What only a GPU can show, in about twelve minutes: the numbers, the speed, faults, the example.
+"""What only a GPU can show: the numbers, the speed, faults, the example.
 
     python -m tools.gpu_check [--small] [--parts numbers mvitv2_s] [--out out/gpu_check]
 
@@ -258,15 +258,6 @@ def run_part(part, small, path):
     os.replace(path + ".tmp", path)
 
 
-def table(rows):
-    """Rows as a Markdown table, with the columns that any of them has."""
-    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if value != ""))
-    show = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)
-    lines = [columns, ["---"] * len(columns),
-             *([show(row.get(column, "")) for column in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="small models, on any machine")
@@ -292,7 +283,8 @@ def main():
             failed.append(part)
             continue
         rows = json.loads(path.read_text())
-        pages.append(f"{part}, {time.perf_counter() - start:.0f} s:\n\n{table(rows)}" if rows else
+        seconds = time.perf_counter() - start
+        pages.append(f"{part}, {seconds:.0f} s:\n\n{bench.table(rows)}" if rows else
                      f"{part}: left out")
         print(pages[-1] + "\n", flush=True)
         (out / "table.md").write_text("\n\n".join(pages) + "\n")

@@ -127,14 +127,12 @@ def rows(rounds=3, small=False):
 
 
 def main():
-    from tools.gpu_check import table
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--small", action="store_true", help="smaller and shorter")
     args = parser.parse_args()
     print(f"{bench.machine()}, {args.rounds} rounds\n")
-    print(table(list(rows(args.rounds, args.small))))
+    print(bench.table(list(rows(args.rounds, args.small))))
 
 
 if __name__ == "__main__":
