@@ -63,8 +63,7 @@ STARTS = ("out/finetune/last.pt", "out/pretrain/last.pt")
 
 @dataclass(frozen=True)
 class Recipe:
-    # model and input
-    model: str = option("mvitv2_l", "encoder", tuple(mvit.MODELS))
+    model: str = option("mvitv2_l", "encoder", tuple(mvit.MODELS), group="model and input")
     init: str = option("auto", f"checkpoint to start from; auto: {' or '.join(STARTS)}; '': none")
     image_size: tuple = option((312, 312), "height and width of crops")      # Table 4: 312, 40x3
     num_frames: int = option(40, "frames per clip", alias="--frames")
@@ -75,15 +74,15 @@ class Recipe:
     head_init_scale: float = option(0.001, "factor on a new head's weights")
     mean: tuple = option((0.45, 0.45, 0.45), "RGB mean of the input in [0, 1]")
     std: tuple = option((0.225, 0.225, 0.225), "RGB standard deviation")
-    # boxes and crops
-    box_score: float = option(0.8, "least score of a predicted box")                   # release
+    box_score: float = option(0.8, "least score of a predicted box",
+                              group="boxes and crops")  # release
     predicted: bool = option(True, "train on predicted boxes, too")
     drop_empty: bool = option(True, "drop training boxes that the crop leaves empty")
     box_per_axis: bool = option(True, "scale boxes per axis, else by the longer side's ratio")
     jitter: tuple = option((356, 446), "range of the shorter side in training")  # as 256-320 to 224
     flip: float = option(0.5, "probability of a horizontal flip")
-    # optimization
-    optimizer: str = option("sgd", "with momentum 0.9, or adamw", ("adamw", "sgd"))
+    optimizer: str = option("sgd", "with momentum 0.9, or adamw", ("adamw", "sgd"),
+                            group="optimization")
     epochs: int = option(30, "passes over the key frames")
     batch_size: int = option(512, "clips per update over all GPUs, at most 1/16 of all")
     lr: float = option(0.6, "peak learning rate at lr_batch clips per update")
@@ -96,16 +95,16 @@ class Recipe:
     beta2: float = option(0.999, "AdamW")
     clip_grad: float = option(5.0, "largest total gradient norm, 0: no clipping")
     seed: int = option(0, "of everything random")
-    # testing
-    view: str = option("center", "center crop, or the full picture", ("center", "full"))
+    view: str = option("center", "center crop, or the full picture", ("center", "full"),
+                       group="testing")
     match: str = option("file", "match boxes in file order, as officially, or best score first",
                         ("file", "score"))
     val_epochs: int = option(5, "epochs between tests on every fourth second, 0: never")
     baseline: bool = option(False, "also test the untrained head")
     eval: str = option("", "checkpoint to test, without training")
     draw: str = option("", "with --eval: picture to write")
-    # the run
-    data: str = option("", "folder with the data; without one, movies are made in data/")
+    data: str = option("", "folder with the data; without one, movies are made in data/",
+                       group="the run")
     movie_start: float = option(0.0, "second at which the files in DIR/videos begin")
     out: str = option("out/ava", "folder for checkpoint, log and results")
     resume: bool = option(False, "go on from OUT/last.pt if there is one")
@@ -526,7 +525,8 @@ def train(name, recipe, overrides, rank, world, device, print0):
                  (checkpoint or {}).get("untrained", {}).items()}  # older files: British
     if recipe.baseline and not checkpoint:
         untrained = {view: test(view)["mAP"] for view in ("center", "full")}
-    engine.print_setup(name, recipe, detector, optimizer, world, device_batch, amp, print0)
+    engine.print_setup(RECIPES, name, recipe, detector, optimizer, world, device_batch, amp,
+                       print0)
     print0(f"{len(frames)} key frames of {len({frame.movie for frame in frames})} movies to train, "
            f"{len(val[0])} to test; {recipe.epochs * steps_per_epoch} steps; features of stride "
            f"{1 / detector.scale:g}")
@@ -562,7 +562,7 @@ def train(name, recipe, overrides, rank, world, device, print0):
                 loss = loss / (CLASSES * max(boxes, 1 / world))
                 scaler.scale(loss).backward()
             step_loss += loss.detach()
-        run.end_step(step_loss, lr, boxes=round(boxes * world))  # clip, step or skip, log, save
+        run.end_step(step_loss, lr, boxes=round(boxes * world))  # clip, step or skip, log
         if recipe.val_epochs and run.step < run.total_steps \
                 and run.step % (recipe.val_epochs * steps_per_epoch) == 0:
             run.log(step=run.step, val_mAP=test("center", every=4)["mAP"])

@@ -14,9 +14,13 @@ import math
 import os
 import platform
 import random
+import shlex
 import signal
+import subprocess
 import sys
+import textwrap
 import time
+from importlib import metadata
 from pathlib import Path
 
 # Idle OpenMP threads sleep instead of spinning at the end of each operation. On a machine with
@@ -37,6 +41,7 @@ SAFE_TYPES = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in "
               (NUMBER, "numpy.core.multiarray.scalar"), (NUMBER, "numpy._core.multiarray.scalar")]
 MAX_SKIPPED = 20      # steps with a non-finite gradient in a row: more than a loss scale needs
 MAX_UNREADABLE = 0.1  # share of the files
+DRAW_SHARE = 0.02     # of the time, for pictures during a run
 LAUNCHER_DIED = getattr(signal, "SIGUSR1", signal.SIGTERM)  # may come once for each of its threads
 
 
@@ -259,18 +264,22 @@ def plan_batch(recipe, samples, world, is_given, print0):
     return dataclasses.replace(recipe, batch_size=size), share // parts, parts
 
 
-def print_setup(name, recipe, model, optimizer, world, device_batch, amp, print0):
-    """What is about to be trained, and how."""
-    fields = ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(recipe).items())
-    print0(f"recipe {name}: {fields}")
+def print_setup(recipes, name, recipe, model, optimizer, world, device_batch, amp, print0):
+    """What is about to be trained, and how, with what differs from the row `name` of recipes."""
+    row = vars(recipes.get(name, recipe))
+    changed = [f"{key}={value}" for key, value in vars(recipe).items() if value != row[key]]
+    print0(textwrap.fill(f"recipe {name} with {' '.join(changed) or 'nothing changed'}; all values "
+                         f"are in {recipe.out}/recipe.json", 100, break_long_words=False))
     size, weights = recipe.batch_size, list(model.parameters())
     stem = optimizer.param_groups[0]["lr_scale"]
+    on_cpu = weights[0].device.type == "cpu"
+    threads = f" with {torch.get_num_threads()} threads (OMP_NUM_THREADS)" if on_cpu else ""
     print0(f"batch {size} = {world} processes x {device_batch} samples x "
            f"{size // world // device_batch} accumulated; peak lr {recipe.lr:g} x "
            f"{size}/{recipe.lr_batch} = {recipe.lr * size / recipe.lr_batch:g}"
            + (f" at the head, x {stem:.2g} at the stem" if stem != 1 else "")
-           + f"; {amp} on {weights[0].device}; {sum(p.numel() for p in weights) / 1e6:.1f} M "
-           "parameters")
+           + f"; {amp} on {weights[0].device}{threads}; "
+           f"{sum(p.numel() for p in weights) / 1e6:.1f} M parameters")
     if recipe.warmup_epochs >= recipe.epochs:
         print0(f"note: the warm-up of {recipe.warmup_epochs:g} epochs does not end before the "
                "training, the learning rate only rises")
@@ -428,7 +437,7 @@ class Run:
             for micro in range(accumulate):
                 batch = run.next_batch(batches)               # leaves on a signal
                 ...                                           # forward, backward
-            run.end_step(loss, lr)                            # clip, step or skip, log, save
+            run.end_step(loss, lr)                            # clip, step or skip, log
         run.finish()
 
     recipe: with out, seed, clip_grad, log_every, save_minutes and what `set_lr` reads.
@@ -459,19 +468,21 @@ class Run:
             raise ValueError(f"not all nodes see the same {self.checkpoint_path}: put --out on a "
                              "file system that they share")
         from_rank0(lock_folder, recipe.out)
+        self.about = describe(recipe, fingerprint, num_files)
         if self.rank == 0:
             drop_later_lines(self.log_path, self.step, self.print0)
+            add_to_list(os.path.join(recipe.out, "recipe.json"), self.about)
         self.first_loss, self.has_risen = None, False
         self.saved_step, self.save_is_due = self.step, False
         self.unreadable, self.new_unreadable = {}, {}         # path: reason
         # These stay on the GPU until they are read for the log or before saving.
         self.skipped, self.skipped_in_row, self.loss_sum, self.loss_steps = torch.tensor(
             [skipped, 0.0, 0.0, 0.0], device=device)
-        self.save_time = time.monotonic()
+        self.save_time, self.draw_time = time.monotonic(), 0.0
         self.restart_clock()
         self.stop = StopSignal()
         self.bar = tqdm(total=self.total_steps, initial=self.step, unit="step", smoothing=0.1,
-                        disable=self.rank > 0, dynamic_ncols=True)
+                        disable=self.rank > 0 or None, dynamic_ncols=True)   # None: on a terminal
 
     @property
     def epoch(self):
@@ -483,7 +494,10 @@ class Run:
         self.clock_step, self.clock, self.waited = self.step, time.perf_counter(), 0.0
 
     def start_step(self):
-        """Seed by the step, so that a resumed run draws the same. Set and return the lr."""
+        """Save if due, which waits for what the script logs after a step. Seed by the step, so that
+        a resumed run draws the same. Set and return the lr."""
+        if self.save_is_due:
+            self.save_if_safe()
         seed_all(self.recipe.seed, self.step, self.rank)
         return set_lr(self.optimizer, self.recipe, self.epoch)
 
@@ -514,7 +528,7 @@ class Run:
             sys.exit(128 + signal.Signals[name])
 
     def end_step(self, loss, lr, **values):
-        """Clip, step or skip, then log and save where due. Only the last two wait for the GPU.
+        """Clip, step or skip, and log where due. Only the log waits for the GPU.
 
         loss: scalar tensor, this rank's mean over its part of the batch. values: more to log.
         """
@@ -543,9 +557,7 @@ class Run:
             self.write_log(lr, None if skip else grad_norm.item(), values)
         self.bar.update()
         late = time.monotonic() - self.save_time > 60 * self.recipe.save_minutes
-        self.save_is_due = self.save_is_due or late or epoch_ends
-        if self.save_is_due:
-            self.save_if_safe()
+        self.save_is_due = self.save_is_due or late or epoch_ends             # in start_step
 
     def write_log(self, lr, grad_norm, values):
         """Average over ranks and over the steps since the last line. Print, and write log.jsonl."""
@@ -569,9 +581,11 @@ class Run:
             raise ValueError(
                 f"{len(self.unreadable)} of {self.num_files} files cannot be read, more than "
                 f"{MAX_UNREADABLE:.0%}: {', '.join(sorted(self.unreadable))}")
-        self.bar.set_postfix_str(
-            f"loss {loss:.4f}, lr {lr:.1e}, {speed:.1f} {self.unit}s/s, waits {wait:.0%}"
-            if loss is not None else f"{self.skipped:.0f} steps skipped", refresh=False)
+        state = f"{self.skipped:.0f} steps skipped" if loss is None else (
+            f"loss {loss:.4f}, lr {lr:.1e}, {speed:.1f} {self.unit}s/s, waits {wait:.0%}")
+        self.bar.set_postfix_str(state, refresh=False)
+        if not sys.stderr.isatty():                           # into a file: a line, not a bar
+            self.print0(f"step {self.step} of {self.total_steps}: {state}")
         self.log(step=self.step, epoch=self.epoch, loss=loss, lr=lr, samples_per_second=speed,
                  data_wait=wait, **values, grad_norm=grad_norm, skipped=int(self.skipped),
                  unreadable=len(self.unreadable))
@@ -599,8 +613,17 @@ class Run:
             save_checkpoint(self.checkpoint_path, {
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(), "step": self.step, "skipped": int(self.skipped),
-                "recipe": dataclasses.asdict(self.recipe), "data": self.fingerprint, **self.extra})
+                "recipe": dataclasses.asdict(self.recipe), "data": self.fingerprint,
+                "about": self.about, **self.extra})
         self.saved_step, self.save_time, self.save_is_due = self.step, time.monotonic(), False
+
+    def draw_sometimes(self, draw):
+        """Call draw() on rank 0 at the end of an epoch, within DRAW_SHARE of the time."""
+        start = time.monotonic()
+        if self.rank == 0 and self.step % self.steps_per_epoch == 0 and start >= self.draw_time:
+            draw()
+            self.draw_time = time.monotonic() + (time.monotonic() - start) / DRAW_SHARE
+            self.restart_clock()
 
     def finish(self):
         """Save the last step, give the signals back, and say how it went."""
@@ -615,6 +638,27 @@ class Run:
             raise ValueError(f"{skipped} of {self.total_steps} steps were skipped for a "
                              f"non-finite loss or gradient: do not use {self.checkpoint_path}, "
                              "train again with a lower --lr or with --amp fp32")
+
+
+def describe(recipe, fingerprint, num_files):
+    """What a run was made with: a dict of plain values."""
+    code = Path(__file__).resolve().parent
+    with contextlib.suppress(OSError, subprocess.SubprocessError):            # no git
+        commit = subprocess.run(["git", "-C", code, "describe", "--always", "--dirty"], text=True,
+                                capture_output=True, timeout=10).stdout.strip()
+    versions = {name: metadata.version(name) for name in ("torch", "numpy", "pillow", "av")}
+    return {"date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "command": shlex.join(sys.argv),
+            "recipe": dataclasses.asdict(recipe), "data": fingerprint, "files": num_files,
+            "commit": commit, "python": platform.python_version(), **versions}
+
+
+def add_to_list(path, entry):
+    """Append to a list in a JSON file, which is there whole at any time."""
+    entries = []
+    with contextlib.suppress(OSError, ValueError):
+        entries = json.loads(Path(path).read_text())
+    Path(path + ".tmp").write_text(json.dumps([*entries, entry], indent=1))
+    os.replace(path + ".tmp", path)
 
 
 def read_log(log_path):
@@ -634,14 +678,14 @@ def read_log(log_path):
 
 
 def drop_later_lines(log_path, step, print0=print):
-    """Drop from a log what a killed run wrote after the step that it goes on from."""
+    """Drop from a log what a killed run wrote after the step that it goes on from, or all at 0."""
     if os.path.exists(log_path):
         entries, damaged = read_log(log_path)
         if damaged:
             print0(f"{log_path}: {damaged} damaged lines are left out")
         with open(log_path + ".tmp", "w") as f:
             f.writelines(json.dumps(entry) + "\n" for entry in entries
-                         if entry.get("step", 0) <= step)
+                         if step and entry.get("step", 0) <= step)
         os.replace(log_path + ".tmp", log_path)
 
 
@@ -659,10 +703,10 @@ def peak_memory(device):
 
 # ------------------------------------------------------------------------------------ command line
 
-def option(default, help="", choices=None, alias=None):
-    """A field of a recipe. alias: a second name of its flag. A tuple of n values takes n or one, an
-    empty one any number."""
-    metadata = {"help": help, "choices": choices, "alias": alias}
+def option(default, help="", choices=None, alias=None, group=None):
+    """A field of a recipe. alias: a second name of its flag. group: the headline in --help of this
+    field and those after it. A tuple of n values takes n or one, an empty one any number."""
+    metadata = {"help": help, "choices": choices, "alias": alias, "group": group}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -694,11 +738,17 @@ def parse_recipe(recipes, description, argv=None):
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     parser.add_argument("--recipe", choices=list(recipes),
-                        help="row to start from, by default the first of --model")
+                        help="row to start from, by default the first of --model; the values in "
+                        f"brackets are those of {next(iter(recipes))}")
+    group = parser
     for field in dataclasses.fields(first):
         default, meta = getattr(first, field.name), field.metadata
+        if meta.get("group"):
+            group = parser.add_argument_group(meta["group"])
         flags = ["--" + field.name.replace("_", "-"), *filter(None, [meta.get("alias")])]
-        about = {"default": argparse.SUPPRESS, "help": meta.get("help", ""), "dest": field.name}
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        about = {"default": argparse.SUPPRESS, "dest": field.name,
+                 "help": f"{meta.get('help', '')} [{shown}]".replace("%", "%%")}
         if meta.get("choices"):
             about["choices"] = meta["choices"]
         if isinstance(default, bool):
@@ -707,7 +757,7 @@ def parse_recipe(recipes, description, argv=None):
             about |= {"type": type(default[0]) if default else str, "nargs": "+"}
         else:
             about["type"] = type(default)
-        parser.add_argument(*flags, **about)
+        group.add_argument(*flags, **about)
     overrides = vars(parser.parse_args(argv))
     named = overrides.pop("recipe")
     model = overrides.get("model", first.model)

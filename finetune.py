@@ -30,6 +30,7 @@ import data
 import evaluate
 import layouts
 import models
+import visualize
 from tools import synthetic
 
 # ----------------------------------------------------------------------------------------- recipes
@@ -40,8 +41,7 @@ from tools import synthetic
 
 @dataclass(frozen=True)
 class Recipe:
-    # model and input
-    model: str = option("mvitv2_s", "encoder", tuple(models.MODELS))
+    model: str = option("mvitv2_s", "encoder", tuple(models.MODELS), group="model and input")
     init: str = option("", "checkpoint whose weights to start from; none: from scratch")
     num_classes: int = option(0, "classes; 0: as many as the data set has")
     image_size: tuple = option((224, 224), "height and width in pixels")
@@ -57,8 +57,8 @@ class Recipe:
     head_init_scale: float = option(0.001, "factor on a new head's initial weights")  # release
     mean: tuple = option((0.45, 0.45, 0.45), "RGB mean of the input in [0, 1]")      # release
     std: tuple = option((0.225, 0.225, 0.225), "RGB standard deviation")
-    # augmentation (release)
-    crop_scale: tuple = option((0.08, 1.0), "area range of the random crop")
+    crop_scale: tuple = option((0.08, 1.0), "area range of the random crop",
+                               group="augmentation (release)")
     flip: float = option(0.5, "probability of a horizontal flip")
     rand_augment: str = option("rand-m7-mstd0.5-inc1", "RandAugment in timm's notation; '': none")
     color_jitter: float = option(0.0, "strength of color jitter, used without RandAugment")
@@ -67,8 +67,8 @@ class Recipe:
     mixup: float = option(0.8, "Beta parameter; 0: off")
     cutmix: float = option(1.0, "Beta parameter; 0: off")
     smoothing: float = option(0.1, "label smoothing")
-    # optimization
-    optimizer: str = option("adamw", "adamw, or sgd with Nesterov momentum", ("adamw", "sgd"))
+    optimizer: str = option("adamw", "adamw, or sgd with Nesterov momentum", ("adamw", "sgd"),
+                            group="optimization")
     epochs: int = option(100, "passes over the data")
     batch_size: int = option(256, "samples per update, before repeats, at most 1/16 of all")
     lr: float = option(6e-4, "peak learning rate at lr_batch samples per update")
@@ -82,13 +82,13 @@ class Recipe:
     clip_grad: float = option(5.0, "largest total gradient norm; 0: no clipping")
     limit_per_class: int = option(0, "train on that many files a class, drawn by --seed; 0: all")
     seed: int = option(0, "of everything random")
-    # testing
-    clips: int = option(10, "clips per video, from its start to its end")            # Table 3
+    clips: int = option(10, "clips per video, from its start to its end",
+                        group="testing")  # Table 3
     crops: int = option(1, "crops per clip: 1 (center), or 3 along the longer side", (1, 3))
     crop_ratio: float = option(0.875, "one crop: its side over the picture's shorter")   # release
     val_epochs: int = option(5, "epochs between validations by one central view; 0: never")
-    # the run
-    data: str = option("", "folder with the data; without one, clips are made in data/synthetic")
+    data: str = option("", "folder with the data; without one, clips are made in data/synthetic",
+                       group="the run")
     out: str = option("out/finetune", "folder for checkpoint, log and results")
     resume: bool = option(False, "go on from OUT/last.pt if there is one, without --init")
     baseline: bool = option(False, "then the same from scratch, in OUT/scratch, to compare")
@@ -255,7 +255,8 @@ def train(name, recipe, overrides, rank, world, device):
     model = make_model(recipe, checkpoint is not None, rank).to(device)
     amp, autocast, scaler = engine.mixed_precision(recipe.amp, device)
     optimizer = engine.make_optimizer(model, recipe)
-    engine.print_setup(name, recipe, model, optimizer, world, device_batch, amp, print0)
+    engine.print_setup(RECIPES, name, recipe, model, optimizer, world, device_batch, amp,
+                       print0)
     print0(f"{len(samples)} {samples.kind}s of {len(classes)} classes to train, {len(val_samples)} "
            f"to validate; {len(samples.ignored) + len(val_samples.ignored)} other files ignored, "
            f"{len(samples.missing) + len(val_samples.missing)} listed but missing; "
@@ -294,7 +295,7 @@ def train(name, recipe, overrides, rank, world, device):
                 loss = augment.soft_cross_entropy(ddp(x), targets)
             scaler.scale(loss / accumulate).backward()
             step_loss += loss.detach() / accumulate
-        run.end_step(step_loss, lr)                           # clip, step or skip, log, save
+        run.end_step(step_loss, lr)                           # clip, step or skip, log
         every = recipe.val_epochs * steps_per_epoch
         if every and run.step % every == 0 and run.step < run.total_steps:
             central = evaluate.view_dataset(val_samples, recipe)
@@ -305,6 +306,8 @@ def train(name, recipe, overrides, rank, world, device):
                    "unreadable)")
             run.log(step=run.step, val_top1=results["top1"], val_top5=results["top5"])
             run.restart_clock()
+        run.draw_sometimes(lambda: visualize.draw_loss(
+            [run.log_path], os.path.join(recipe.out, "loss.png")))
     run.finish()
     print0(f"wrote {run.checkpoint_path}, {run.log_path}")
     stem = run.checkpoint_path.removesuffix(".pt")

@@ -232,6 +232,13 @@ def _limit(samples, limit, seed):
                    labels=[samples.labels[i] for i in chosen])
 
 
+def spread(samples, count):
+    """`count` of the samples, at even distances."""
+    chosen = [i * len(samples) // count for i in range(count)]
+    return replace(samples, paths=[samples.paths[i] for i in chosen],
+                   labels=[samples.labels[i] for i in chosen])
+
+
 def walk(folder):
     """Media files and other files below a folder, both sorted; hidden folders are left out."""
     media, other, seen = [], [], set()

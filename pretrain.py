@@ -16,6 +16,7 @@ OUT/prediction.png (for clips .gif as well). A run that was stopped or killed go
 OUT/last.pt with --resume.
 """
 import dataclasses
+import functools
 import os
 import time
 from dataclasses import dataclass, replace
@@ -26,7 +27,9 @@ from engine import option
 import torch
 from tqdm import tqdm
 
+import convert
 import data
+import heldout
 import layouts
 import masking
 import models
@@ -42,8 +45,8 @@ from tools.flops import Counter, count_flops
 
 @dataclass(frozen=True)
 class Recipe:
-    # model and input
-    model: str = option("mvitv2_s", "encoder", tuple(models.MODELS))
+    model: str = option("mvitv2_s", "encoder", tuple(models.MODELS), group="model and input")
+    init: str = option("", "checkpoint whose weights to start from; none: from scratch")
     image_size: tuple = option((224, 224), "height and width in pixels")              # Sec. 4, 5
     num_frames: int = option(16, "frames per clip", alias="--frames")                # Table 3: 16x4
     sampling_rate: int = option(4, "stride between frames, at 30 fps")
@@ -55,12 +58,10 @@ class Recipe:
     std: tuple = option((0.225, 0.225, 0.225), "RGB standard deviation")
     crop_scale: tuple = option((0.5, 1.0), "area range of the random crop")           # release
     flip: float = option(0.5, "probability of a horizontal flip")
-    # masking
-    mask: str = option("cube", "masking", tuple(masking.MASKS))                       # Table 6
+    mask: str = option("cube", "masking", tuple(masking.MASKS), group="masking")  # Table 6
     mask_ratio: float = option(0.4, "share of tokens to mask")                        # Sec. 4, 5
     frame_runs: bool = option(True, "frame mask: runs of frames (paper), or single ones (release)")
-    # target
-    target: str = option("hog", "what to predict", tuple(TARGETS))                    # Tables 1, 2
+    target: str = option("hog", "what to predict", tuple(TARGETS), group="target")  # Tables 1, 2
     bins: int = option(9, "HOG orientation bins")                                     # Table 8
     cell: int = option(8, "HOG cell side in pixels")
     norm: str = option("l2", "HOG normalization", ("none", "l1", "l2"))
@@ -73,8 +74,7 @@ class Recipe:
                         ("bilinear", "nearest", "dilated"))
     label_classes: int = option(1000, "classes of the label maps")
     label_order: str = option("xy", "box order of label maps: see targets.py", ("xy", "released"))
-    # optimization
-    epochs: int = option(300, "passes over the data")
+    epochs: int = option(300, "passes over the data", group="optimization")
     batch_size: int = option(512, "samples per update; unless given, at most 1/16 of all")
     lr: float = option(1e-4, "peak learning rate at lr_batch samples per update")
     lr_batch: int = option(32, "batch that the three learning rates belong to")
@@ -85,8 +85,9 @@ class Recipe:
     beta2: float = option(0.999, "AdamW")                                             # release
     clip_grad: float = option(0.02, "largest total gradient norm")                    # release
     seed: int = option(0, "of everything random")
-    # the run
-    data: str = option("", "folder with the data; without one, clips are made in data/synthetic")
+    val_samples: int = option(256, "validation samples for a loss each epoch; 0: none")
+    data: str = option("", "folder with the data; without one, clips are made in data/synthetic",
+                       group="the run")
     out: str = option("out/pretrain", "folder for checkpoint, log and pictures")
     resume: bool = option(False, "go on from OUT/last.pt if there is one")
     device_batch: int = option(8, "most samples per GPU and forward pass, 1 on a CPU")
@@ -125,8 +126,8 @@ RECIPES = {
 # A resumed run may change where and how it runs. (amp and device_batch change rounding. The loss is
 # a mean over the masked tokens of each forward pass, so device_batch also changes how much a sample
 # with few masked tokens counts.)
-RUN_FIELDS = {"data", "out", "resume", "device_batch", "amp", "compile", "checkpointing", "workers",
-              "save_minutes", "log_every", "dry_run"}
+RUN_FIELDS = {"data", "out", "init", "resume", "device_batch", "amp", "compile", "checkpointing",
+              "workers", "save_minutes", "log_every", "dry_run", "val_samples"}
 
 
 def check(recipe, samples):
@@ -145,7 +146,8 @@ def check(recipe, samples):
     engine.check_numbers(recipe, positive=(
         "epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every", "clip_grad",
         "sampling_rate", "output_stride", "patch_size", "cell", "bins", "label_classes",
-        "hog_scale"), not_negative=("warmup_epochs", "warmup_lr", "min_lr", "weight_decay"),
+        "hog_scale"), not_negative=("warmup_epochs", "warmup_lr", "min_lr", "weight_decay",
+                                      "val_samples"),
         shares=("drop_path", "flip", "beta2"))
     if not 0 < recipe.mask_ratio < 1:
         raise ValueError(f"mask_ratio={recipe.mask_ratio} is not between 0 and 1: the paper's "
@@ -157,6 +159,8 @@ def check(recipe, samples):
 
 def main():
     name, recipe, overrides = engine.parse_recipe(RECIPES, __doc__)
+    if recipe.init and not recipe.resume and not os.path.isfile(recipe.init):
+        raise FileNotFoundError(f"--init: no checkpoint at {recipe.init}")
     rank, world, device = engine.init_distributed()
     print0 = tqdm.write if rank == 0 else lambda line: None
     on_gpu = device.type == "cuda"
@@ -177,19 +181,24 @@ def main():
     # --------------------------------------------------------------------- model, optimizer, resume
     checkpoint = None if recipe.dry_run else engine.find_checkpoint(recipe)
     engine.seed_all(recipe.seed)
-    model = models.build_maskfeat(dataclasses.asdict(recipe)).to(device)
+    model = models.build_maskfeat(dataclasses.asdict(recipe))
+    if recipe.init and checkpoint is None:                    # head and mask token may be fresh
+        convert.load_weights(model, recipe.init, verbose=rank == 0)
+    model.to(device)
     stride = model.encoder.patch_stride                       # pixels per token along [T,] H, W
     grid = tuple(n // s for n, s in zip((recipe.num_frames, *recipe.image_size)[-len(stride):],
                                         stride))
-    draw_mask = lambda rng: masking.draw_mask(
-        recipe.mask, grid, recipe.mask_ratio, rng, recipe.frame_runs)
-    dataset = data.PretrainDataset(
+    draw_mask = functools.partial(masking.draw_mask, recipe.mask, grid, recipe.mask_ratio,
+                                  frame_runs=recipe.frame_runs)
+    make_dataset = lambda samples: data.PretrainDataset(
         samples, recipe.image_size, recipe.num_frames if samples.kind == "video" else None,
         recipe.sampling_rate, draw_mask, recipe.seed, recipe.crop_scale, flip=recipe.flip,
         **data.target_inputs(model.target, samples.paths, grid[-2:], stride[0], recipe.teacher))
+    dataset = make_dataset(samples)
     amp, autocast, scaler = engine.mixed_precision(recipe.amp, device)
     optimizer = engine.make_optimizer(model, recipe)
-    engine.print_setup(name, recipe, model, optimizer, world, device_batch, amp, print0)
+    engine.print_setup(RECIPES, name, recipe, model, optimizer, world, device_batch, amp,
+                       print0)
     print0(f"{len(samples)} {samples.kind}s, {len(samples.ignored)} other files ignored, "
            f"{len(samples.missing)} listed but missing; {steps_per_epoch} steps per epoch, "
            f"{recipe.epochs} epochs, {recipe.epochs * steps_per_epoch} steps; "
@@ -212,6 +221,23 @@ def main():
     loader = iter(data.make_loader(dataset, batches, engine.loader_workers(recipe.workers, device),
                                    pin_memory=on_gpu))
 
+    shown, source = engine.from_rank0(find_shown, recipe, samples)
+    if source == "training":
+        print0(f"{recipe.data} has no validation part that the target can use: loss and pictures "
+               "show training samples")
+    held_out, val_loss = None, None
+    if recipe.val_samples:                                    # at most a tenth of an epoch's time
+        count = min(recipe.val_samples, len(shown), -(-len(samples) // 4))
+        held_out = heldout.HeldOut(
+            model, make_dataset(layouts.spread(shown, count)), grid,
+            functools.partial(to_device, recipe=recipe, model=model, device=device), autocast,
+            recipe.device_batch, engine.loader_workers(recipe.workers, device), rank, world)
+        levels = held_out.levels()
+        print0(f"loss without a network on {count} {source} {samples.kind}s: "
+               + ", ".join(f"{rule} {level:.4f}" for rule, level in levels.items()))
+        if run.step == 0:
+            run.log(step=0, levels=levels)
+
     # ---------------------------------------------------------------------------------------- loop
     model.train()
     while run.step < run.total_steps:
@@ -223,10 +249,19 @@ def main():
                 loss, _ = ddp(x, mask, target_input)
             scaler.scale(loss / accumulate).backward()
             step_loss += loss.detach() / accumulate
-        run.end_step(step_loss, lr)                           # clip, step or skip, log, save
+        run.end_step(step_loss, lr)                           # clip, step or skip, log
+        if held_out and run.step % steps_per_epoch == 0:
+            val_loss = held_out.loss()
+            run.log(step=run.step, epoch=run.epoch, val_loss=val_loss)
+            run.restart_clock()
+        run.draw_sometimes(lambda: draw_pictures(run, shown, model))
     run.finish()
+    if held_out:
+        val_loss = held_out.loss() if val_loss is None else val_loss
+        print0(f"loss on {source} {samples.kind}s: {val_loss:.4f}")
     if rank == 0:
-        draw_pictures(run, samples, model)
+        written = draw_pictures(run, shown, model)
+        print0(f"wrote {', '.join([run.checkpoint_path, run.log_path, *written])}")
 
 
 def to_device(batch, recipe, model, device):
@@ -240,28 +275,31 @@ def to_device(batch, recipe, model, device):
             batch["mask"].to(device, non_blocking=True), target_input)
 
 
-def draw_pictures(run, samples, model):
-    """Write OUT/prediction.png and OUT/loss.png, and name all that the run has written."""
-    recipe = run.recipe
+def find_shown(recipe, samples):
+    """(samples to look at, "validation" or "training"): of the validation part, if there is one and
+    has what the target needs."""
     try:
         shown = layouts.find_samples(recipe.data, "val")
         if recipe.target == "label":
             data.find_maps(shown.paths, recipe.teacher)       # raises if one is missing
+        return shown, "validation"
     except (ValueError, OSError):
-        run.print0(f"{recipe.data} has no validation part"
-                   + " with label maps" * (recipe.target == "label")
-                   + ": the picture shows training samples")
-        shown = samples
+        return samples, "training"
+
+
+def draw_pictures(run, shown, model):
+    """Write OUT/prediction.png and OUT/loss.png. Returns the paths written."""
+    recipe, written = run.recipe, []
     paths = [path for path in shown.paths if path not in run.unreadable]
-    written = [run.checkpoint_path, run.log_path]
     try:
         written += visualize.draw(
             model.eval(), dataclasses.asdict(recipe), paths[::max(len(paths) // 4, 1)][:4],
             os.path.join(recipe.out, "prediction.png"), run.device)
-        written += visualize.draw_loss(run.log_path, os.path.join(recipe.out, "loss.png"))
+        written += visualize.draw_loss([run.log_path], os.path.join(recipe.out, "loss.png"))
     except (ValueError, OSError) as error:                    # the training is done all the same
         run.print0(f"no picture: {error}")
-    run.print0(f"wrote {', '.join(written)}")
+    model.train()
+    return written
 
 
 def dry_run(recipe, model, dataset, device_batch, accumulate, steps_per_epoch, print0):

@@ -1,6 +1,7 @@
 """What a pre-trained model predicts, as in Figures 1 and 6, and the loss curve.
 
     python visualize.py --checkpoint out/pretrain/last.pt --input A.mp4 B.mp4 --output figure.png
+    python visualize.py --log out/a/log.jsonl out/b/log.jsonl --output curves.png
 
 Where the input is visible, the prediction shows the target, dimmed and blue. A clip also gives an
 animation (.gif). A class (dVAE, pseudo-labels) has a color, features show principal components.
@@ -137,38 +138,63 @@ def draw(model, recipe, paths, output, device="cpu", frames=4, seed=0):
     return [output, gif]
 
 
-def draw_loss(log, output):
-    """Write the loss curve of a log.jsonl against epochs. Returns the paths written."""
-    points = np.array([(d["epoch"], d["loss"]) for d in read_log(log)[0]
-                       if d.get("loss") is not None])
-    if len(points) < 2:
-        raise ValueError(f"{log} has {len(points)} losses: a curve needs two")
-    epochs, losses = points.T
-    # The first tenth starts far above the rest, so what is above its end is cut off.
-    top, low = losses[len(losses) // 10:].max() * 1.02, losses.min() * 0.98
-    picture = Image.new("RGB", (720, 360), "white")
+def draw_loss(logs, output):
+    """Write the loss curves of one or several log.jsonl against epochs. Returns the paths written.
+
+    Of each run: the training loss, the loss on held-out samples (dark), and as level lines what
+    rules without a network reach there (heldout.py).
+    """
+    runs, levels = [], {}
+    for path in logs:
+        entries, _ = read_log(path)
+        runs.append([np.array([(entry["epoch"], entry[key]) for entry in entries
+                               if entry.get(key) is not None]).reshape(-1, 2).T
+                     for key in ("loss", "val_loss")])
+        levels |= next((d["levels"] for d in entries if "levels" in d), {})
+        if runs[-1][0].shape[1] < 2:
+            raise ValueError(f"{path} has {runs[-1][0].shape[1]} losses: a curve needs two")
+    # The first tenth of the epochs starts far above the rest, so what is above its end is cut off.
+    settled = [loss[epoch >= epoch[-1] / 10] for (epoch, loss), _ in runs]
+    settled += [val_loss for _, (_, val_loss) in runs]
+    values = np.concatenate([*settled, list(levels.values())])
+    low, top, end = values.min() * 0.98, values.max() * 1.02, max(run[0][0][-1] for run in runs)
+    picture = Image.new("RGB", (720, 360 + 16 * len(runs)), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    height = lambda y: 20 + 300 * (top - np.minimum(y, top)) / max(top - low, 1e-12)
     for i in range(5):  # the axes go from (60, 320) to (700, 20)
         pen.line((60, 320 - 75 * i, 700, 320 - 75 * i), "lightgray")
         pen.text((6, 312 - 75 * i), f"{low + (top - low) * i / 4:.4f}", "black", font)
-        pen.text((52 + 160 * i, 326), f"{epochs[-1] * i / 4:.1f}", "black", font)
+        pen.text((52 + 160 * i, 326), f"{end * i / 4:.1f}", "black", font)
     pen.text((360, 342), "epoch", "black", font)
-    x = 60 + 640 * epochs / epochs[-1]
-    y = 20 + 300 * (top - losses.clip(max=top)) / max(top - low, 1e-12)
-    pen.line(list(zip(x, y)), "steelblue", width=2)
+    for rule, level in levels.items():
+        pen.line((60, height(level), 700, height(level)), "gray")
+        pen.text((696, height(level) - 1), rule, "gray", font, anchor="rb")
+    for i, (path, curves) in enumerate(zip(logs, runs)):
+        colors = [("steelblue", "navy"), ("orange", "saddlebrown"), ("mediumseagreen", "darkgreen"),
+                  ("orchid", "purple")][i % 4]
+        for (epochs, losses), color in zip(curves, colors):
+            pen.line(list(zip(60 + 640 * epochs / end, height(losses))), color, width=2)
+        if len(logs) > 1:
+            pen.text((60, 356 + 16 * i), str(path), colors[1], font)
     picture.save(output)
     return [output]
 
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--input", required=True, nargs="+", help="clips or images")
+    parser.add_argument("--checkpoint", help="of a pre-training")
+    parser.add_argument("--input", nargs="+", default=[], help="clips or images")
+    parser.add_argument("--log", nargs="+", help="draw the loss of these log.jsonl instead")
     parser.add_argument("--output", default="prediction.png")
     parser.add_argument("--frames", type=int, default=4, help="frames of each clip in the picture")
     parser.add_argument("--seed", type=int, default=0, help="of the masks")
     parser.add_argument("--teacher", help="file of the teacher or folder of the label maps")
     args = parser.parse_args()
+    os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
+    if args.log:
+        return print("wrote", *draw_loss(args.log, args.output))
+    if not args.checkpoint or not args.input:
+        raise ValueError("give --checkpoint and --input, or --log")
     checkpoint = read_checkpoint(args.checkpoint)
     if "recipe" not in checkpoint or "mask_token" not in checkpoint["model"]:
         raise ValueError(f"{args.checkpoint} is no pre-training of ours: run convert.py on it")
@@ -180,7 +206,6 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_maskfeat(recipe).to(device).eval()
     model.load_state_dict(checkpoint["model"])
-    os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
     written = draw(model, recipe, args.input, args.output, device, args.frames, args.seed)
     print("wrote " + " and ".join(written))
 

@@ -1,4 +1,5 @@
 """pretrain.py: it trains, counts what it skips, and refuses what it should."""
+import json
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ from engine import read_checkpoint
 import numpy as np
 import pytest
 import runs
+import torch
 from PIL import Image
 from runs import log_of
 
@@ -19,8 +21,12 @@ def flags_of(data, out, *flags):
 @pytest.mark.slow
 def test_run(pretrained):
     out, output = pretrained
-    lines = log_of(out)
+    lines = [line for line in log_of(out) if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 10))
+    held_out = [line for line in log_of(out) if "loss" not in line]
+    assert list(held_out[0]["levels"]) == ["mean", "own mean", "copy"]
+    assert [line["step"] for line in held_out] == [0, 3, 6, 9]
+    assert held_out[1]["val_loss"] > held_out[3]["val_loss"] > held_out[0]["levels"]["mean"] / 2
     assert all(0 < line["loss"] < 1 for line in lines)
     assert all(line["skipped"] == line["unreadable"] == 0 for line in lines)
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -33,7 +39,12 @@ def test_run(pretrained):
     assert not any(name.startswith(("module.", "_orig_mod.")) or "hog" in name
                    for name in checkpoint["model"])
     pictures = ["loss.png", "prediction.gif", "prediction.png"]
-    assert sorted(os.listdir(out)) == [".lock", "last.pt", "log.jsonl", *pictures]
+    names = [".lock", "last.pt", "log.jsonl", *pictures, "recipe.json"]
+    assert sorted(os.listdir(out)) == names
+    start, = json.loads((out / "recipe.json").read_text())
+    assert start == json.loads(json.dumps(checkpoint["about"]))
+    assert start["recipe"]["epochs"] == 3 and start["files"] == 12
+    assert torch.__version__.startswith(start["torch"][:4]) and "--epochs 3" in start["command"]
     for name in pictures:
         with Image.open(out / name) as picture:
             assert np.asarray(picture.convert("RGB")).std() > 10              # not blank
@@ -79,7 +90,8 @@ def test_non_finite_steps_are_skipped_then_stop(clips, tmp_path):
     done = runs.run("pretrain.py", *flags_of(clips, out, "--lr", "1e35", "--warmup-epochs", 0,
                                              "--epochs", 20))
     assert done.returncode == 2 and "non-finite loss or gradient" in done.stderr, done.stderr
-    assert log_of(out)[-1]["skipped"] >= 10 and log_of(out)[-1]["loss"] is None
+    last = [line for line in log_of(out) if "loss" in line][-1]
+    assert last["skipped"] >= 10 and last["loss"] is None
 
 
 @pytest.mark.parametrize("flags, words", [
