@@ -577,12 +577,14 @@ def kill(workers):
     """Ends loader processes at once, also those that hang."""
     workers = [worker for worker in workers if worker.is_alive()]
     if workers:
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise an error
+        child_ended = getattr(signal, "SIGCHLD", None)           # not on Windows
+        handler = child_ended and signal.signal(child_ended, signal.SIG_DFL)  # torch's would raise
         for worker in workers:
             worker.kill()
         for worker in workers:
             worker.join(5)
-        signal.signal(signal.SIGCHLD, handler)
+        if child_ended:
+            signal.signal(child_ended, handler)
 
 
 class Loader:
@@ -646,7 +648,8 @@ def make_loader(dataset, batches, workers, pin_memory=False, collate=collate):
         check_shared_memory(largest * getattr(dataset, "item_bytes", 0), workers)
         if video.file_limit() < 64 + 20 * workers:              # pipes, and a file per tensor
             raise video.out_of_files()
-        options |= {"num_workers": workers, "multiprocessing_context": "fork",
+        fork = "fork" in multiprocessing.get_all_start_methods()              # not on Windows
+        options |= {"num_workers": workers, "multiprocessing_context": "fork" if fork else "spawn",
                     "prefetch_factor": PREFETCH, "timeout": BATCH_TIMEOUT,
                     "worker_init_fn": start_worker}
     return Loader(torch.utils.data.DataLoader(dataset, batch_sampler=batches, **options))

@@ -60,7 +60,8 @@ def init_distributed():
     """Join the process group of `torchrun`, if any. Returns (rank, world size, device)."""
     follow_launcher()
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device(
+        "mps" if torch.backends.mps.is_available() else "cpu")                # macOS, untried
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
             raise ValueError(f"local rank {local} has no GPU, there are "
@@ -594,8 +595,10 @@ class Run:
         self.restart_clock()
 
     def log(self, **values):
-        """Add a line to log.jsonl."""
+        """Add a line to log.jsonl. JSON has no NaN and infinity: they become null."""
         if self.rank == 0:
+            values = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                      for key, value in values.items()}
             with open(self.log_path, "a") as f:
                 line = {"time": round(time.time(), 3), **values}
                 f.write(json.dumps(line, allow_nan=False) + "\n")

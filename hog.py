@@ -4,6 +4,10 @@ A two-channel convolution gives the gradient of every pixel. Each pixel votes fo
 its gradient, weighted by the magnitude, in the histogram of its cell and color. Each histogram is
 normalized to unit length. The numbers equal those of the release (SlowFast) to 1e-6, but for flat
 cells, and pixels whose gx is zero but for rounding: see `HOG.forward`.
+
+    hog = HOG(bins=9, cell=8)
+    histograms = hog(images)                  # (B, 3, 224, 224) -> (B, 3, 9, 28, 28)
+    target = patch_hog(histograms, 2)         # (B, 14*14, 108), 2x2 cells of each patch
 """
 import math
 

@@ -9,6 +9,10 @@ Every function returns a numpy bool array over the token grid, True = masked, ho
 The number of masked tokens aims at round(ratio * tokens). Block, tube and cube masks never exceed
 it on the grid that they are sampled on. They fall short of it when no further block fits: on
 average by 0.3 % of the tokens at a ratio of 0.4.
+
+    rng = random.Random(0)
+    block_mask((14, 14), 0.4, rng)            # an image of 14x14 patches
+    cube_mask((8, 14, 14), 0.4, rng)          # a clip of 8x14x14 tokens
 """
 import math
 
@@ -21,7 +25,7 @@ def block_mask(grid, ratio, rng):
     grid: (h, w) tokens. ratio: share to mask. rng: a random.Random.
     Returns (h, w) bool. Raises ValueError for an unusable grid or ratio.
     """
-    _check(grid, ratio, 2)
+    _check(grid, ratio, rng, 2)
     count = _num_masked(grid, ratio)
     return _sample((1, *grid), count, count // 5, None, 10, rng)[0]
 
@@ -33,7 +37,7 @@ def cube_mask(grid, ratio, rng, coarse=2):
     and each cell is enlarged to coarse x coarse tokens (release: 8x7x7 for 8x14x14 tokens). With
     odd sides the ratio is only approximate. Returns (t, h, w) bool, errors as block_mask.
     """
-    _check(grid, ratio, 3)
+    _check(grid, ratio, rng, 3)
     t, h, w = _coarsen(grid, coarse)
     count = _num_masked((t, h, w), ratio)
     return _enlarge(_sample((t, h, w), count, h * w // 5, h * w, 100, rng), grid)
@@ -41,7 +45,7 @@ def cube_mask(grid, ratio, rng, coarse=2):
 
 def tube_mask(grid, ratio, rng, coarse=2):
     """One block mask for all time steps (Sec. 4.3, Table 6). Arguments as for cube_mask."""
-    _check(grid, ratio, 3)
+    _check(grid, ratio, rng, 3)
     t, h, w = _coarsen(grid, coarse)
     return _enlarge(np.repeat(block_mask((h, w), ratio, rng)[None], t, axis=0), grid)
 
@@ -52,7 +56,7 @@ def frame_mask(grid, ratio, rng, consecutive=True):
     grid: (t, h, w) tokens, t > 1. consecutive: True, runs of neighboring steps (paper); False, any
     distinct steps (release). Returns (t, h, w) bool. Errors: see block_mask.
     """
-    _check(grid, ratio, 3)
+    _check(grid, ratio, rng, 3)
     t, h, w = grid
     if t < 2:
         raise ValueError(f"grid {t}x{h}x{w} has only one time step: use tube_mask")
@@ -68,8 +72,10 @@ def frame_mask(grid, ratio, rng, consecutive=True):
     return np.repeat(steps, h * w).reshape(t, h, w)
 
 
-def _check(grid, ratio, axes):
-    """Raise ValueError for an unusable grid or ratio."""
+def _check(grid, ratio, rng, axes):
+    """Raise ValueError for an unusable grid, ratio or generator."""
+    if not hasattr(rng, "randrange"):
+        raise ValueError(f"rng is a {type(rng).__name__}: give a random.Random(seed)")
     if len(grid) != axes or min(grid) < 1 or math.prod(grid) < 2:
         raise ValueError(f"grid {tuple(grid)} cannot be masked: give {axes} positive sides "
                          "and more than one token")

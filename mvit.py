@@ -14,7 +14,8 @@ Shapes of `mvitv2_s` on 16x224x224 (class token not counted):
 
 Two forms differ from the release, and neither changes a result. Relative positions enter through
 wider queries and keys, so that no (queries x keys) bias is built. Heads are pooled side by side as
-channels, without transposing, by 2-D convolutions.
+channels, without transposing, by 2-D convolutions. The tests compare them with `plain_attention`
+and `plain_pool` of tests/plain.py.
 """
 from collections import OrderedDict
 

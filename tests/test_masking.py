@@ -184,6 +184,8 @@ def test_errors_name_the_value():
                 make(axes * (4,), ratio, rng)
     with pytest.raises(ValueError, match="tube_mask"):
         frame_mask((1, 4, 4), 0.4, rng)
+    with pytest.raises(ValueError, match=r"Generator: give a random.Random\(seed\)"):
+        block_mask((4, 4), 0.4, np.random.default_rng(0))
     for coarse in (0, -2, 1.5):
         with pytest.raises(ValueError, match=f"coarse={coarse}"):
             cube_mask((4, 8, 8), 0.4, rng, coarse=coarse)
