@@ -1,6 +1,7 @@
-"""Scripts as processes: start, kill at a step, read what they left."""
+"""The scripts: run them, here or as processes, kill them at a step, read what they left."""
 import contextlib
 import importlib
+import io
 import json
 import os
 import signal
@@ -8,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import engine
 from engine import read_checkpoint
@@ -35,9 +38,28 @@ def command(script, *flags, processes=1):
     return [*launch, str(ROOT / script), *map(str, flags)]
 
 
-def run(script, *flags, **kw):
-    return subprocess.run(command(script, *flags, **kw), capture_output=True, text=True, env=ENV,
-                          timeout=300)
+def run(script, *flags, processes=1):
+    """A run to its end: a result with returncode, stdout and stderr. One process is this one, which
+    spares the imports, with one thread as the others have."""
+    if processes > 1:
+        return subprocess.run(command(script, *flags, processes=processes), capture_output=True,
+                              text=True, env=ENV, timeout=300)
+    out, err, code, threads = io.StringIO(), io.StringIO(), 0, torch.get_num_threads()
+    handlers = {number: signal.getsignal(number)
+                for number in (signal.SIGTERM, signal.SIGINT, engine.LAUNCHER_DIED)}
+    torch.set_num_threads(1)
+    with (mock.patch.object(sys, "argv", [script, *map(str, flags)]),
+          contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+        try:
+            engine.run_main(importlib.import_module(script.removesuffix(".py")).main)
+        except SystemExit as exit:
+            code = exit.code
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():                  # a failed run leaves its own
+        signal.signal(number, handler)
+    while engine._locks:                                      # they would end with the process
+        engine._locks.pop().close()
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def run_well(script, *flags, **kw):
