@@ -11,9 +11,9 @@ of what is hidden.
         --target dino --teacher dino_vitb16.pth                                          # Table 2
     python pretrain.py --data k400/ --model mvitv2_s --dry-run                  # what it would cost
 
-Writes OUT/last.pt (weights, optimizer, step, recipe), OUT/log.jsonl, OUT/loss.png and
-OUT/prediction.png (for clips .gif as well). A run that was stopped or killed goes on from
-OUT/last.pt with --resume.
+Writes OUT/last.pt (weights, optimizer, step, recipe), OUT/recipe.json, OUT/log.jsonl, and from time
+to time OUT/loss.png and OUT/prediction.png (for clips .gif as well). A run that was stopped or
+killed goes on from OUT/last.pt with --resume. --init goes on from the weights of any checkpoint.
 """
 import dataclasses
 import functools
@@ -114,6 +114,8 @@ RECIPES = {
     "mvit_tiny": replace(                                     # ours: 64x64 clips on a CPU
         TINY, model="mvit_tiny", image_size=(64, 64), num_frames=8, sampling_rate=4, epochs=26,
         batch_size=4, lr=4e-4, lr_batch=4),
+    "clips_mvitv2_s": replace(                                # ours, not run: 1,000 to 20,000 clips
+        KINETICS, image_size=(112, 112), epochs=200, batch_size=64, lr=2e-4, device_batch=32),
     "k400_mvitv2_s": KINETICS,                                                # Tables 1, 3; release
     "k400_mvitv2_b": replace(KINETICS, model="mvitv2_b"),                     # ours, by analogy
     "k400_mvitv2_l": replace(KINETICS, model="mvitv2_l", epochs=800, device_batch=4),  # Table 3
