@@ -33,6 +33,10 @@ LAYOUTS = """accepted layouts:
   a folder of unlabeled files, searched recursively (pre-training only)"""
 
 
+class MissingSplit(ValueError):
+    """A data set that has no such split."""
+
+
 @dataclass(frozen=True)
 class Samples:
     """The files of one split. All videos or all images."""
@@ -92,8 +96,9 @@ def find_samples(root, split="train", limit_per_class=0, seed=0):
     elif has_folders and not has_tables and folders[split]:
         paths, labels, classes, ignored = _read_folders(folders, split)
     elif has_tables or has_folders or split == "val":
-        raise ValueError(f"{root} has no {split} split: neither a folder {split} nor a list of it, "
-                         f"such as {split}.csv{_hint(root)}\n{LAYOUTS}")
+        raise MissingSplit(
+            f"{root} has no {split} split: neither a folder {split} nor a list of it, such as "
+            f"{split}.csv{_hint(root)}\n{LAYOUTS}")
     else:
         paths, ignored = walk(root)
         _refuse_held_out(root, paths)
