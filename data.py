@@ -728,7 +728,7 @@ def check(folder, workers, image_size, verbose):
     facts = []
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         results = tqdm(pool.map(check_file, media), total=len(media), unit="file")
-        for path, (text, fact) in zip(media, results):
+        for (text, fact), path in zip(results, media):
             if fact:
                 facts.append(fact)
             large = fact and fact[0] * fact[1] > LARGE
