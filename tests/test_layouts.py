@@ -6,6 +6,7 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -298,6 +299,21 @@ def test_a_loop_of_links_is_walked_once(tmp_path):
     touch(tmp_path, "train/a/1.png", "train/a/2.png", "train/b/3.png")
     (tmp_path / "train/a/up").symlink_to(tmp_path / "train")
     assert len(layouts.find_samples(tmp_path)) == 3
+
+
+def test_names_that_are_not_utf_8_are_kept(tmp_path):
+    """By a list, a checkpoint and an npz."""
+    engine, name = pytest.importorskip("engine"), os.fsdecode(b"caf\xe9")
+    try:
+        touch(tmp_path, f"{name}/{name}.png", "b/1.png")
+    except OSError:
+        pytest.skip("the file system takes UTF-8 only")
+    (tmp_path / "train.csv").write_bytes(b"caf\xe9/caf\xe9.png 0\nb/1.png 1\n")
+    assert layouts.find_samples(tmp_path).paths[0] == str(tmp_path / name / f"{name}.png")
+    engine.save_checkpoint(str(tmp_path / "last.pt"), {"classes": [name]})
+    assert engine.read_checkpoint(str(tmp_path / "last.pt"))["classes"] == [name]
+    np.savez(tmp_path / "x.npz", classes=np.array([name]))
+    assert np.load(tmp_path / "x.npz")["classes"].tolist() == [name]
 
 
 def test_lists_of_other_encodings_and_broken_ones(tmp_path):
