@@ -6,7 +6,7 @@ Release: SlowFast's Kinetics, SSv2 and ImageNet loaders with the MaskFeat settin
 - A random number depends on (seed, epoch, index) only. The number of workers, processes or restarts
   changes no sample.
 
-    python data.py --check DIR      # decode every file under DIR; exit status 1 if one is unusable
+    python data.py --check DIR      # decode every file under DIR; exit status 1 if there is a fault
     python data.py --stats DIR      # mean and deviation of its colors, as flags for the scripts
 """
 
@@ -20,6 +20,7 @@ import os
 import random
 import signal
 import sys
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
 import engine
@@ -712,19 +713,21 @@ def check_layout(folder):
 
 def check(folder, workers, image_size, verbose):
     """Decodes every media file below a folder and in its lists, and prints what it has: unusable
-    files, missing ones, faults of the layout, a summary. Returns 0, or 1 if there is a fault."""
+    files, missing ones, faults of the layout, a summary. Returns 0, or 1 if there is a fault.
+    The files of AVA are checked by ava.py when it starts."""
     from tqdm import tqdm
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no data folder {folder}")
     (media, others), (found, faults) = layouts.walk(folder), check_layout(folder)
-    listed = {path for samples in found for path in samples.paths + samples.ignored}
-    strays = [os.path.dirname(path) for path in media if path not in listed] if found else []
-    for place in sorted(set(strays)):
-        print(f"note      {place}: {strays.count(place)} files are in no split")
+    media = [os.path.normpath(path) for path in media]
+    listed = {os.path.normpath(path) for samples in found for path in samples.paths}
+    strays = Counter(os.path.dirname(path) for path in media if path not in listed and found)
+    for place, count in sorted(strays.items()):
+        print(f"note      {place}: {count} files are in no split")
     missing = [path for samples in found for path in samples.missing]
     for path in missing:
         print(f"MISSING   {path}")
-    media += sorted({path for samples in found for path in samples.paths} - set(media))
+    media += sorted(listed - set(media))        # a list may name files elsewhere
     facts = []
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         results = tqdm(pool.map(check_file, media), total=len(media), unit="file")

@@ -132,7 +132,7 @@ def _find_folder(root, split):
 
 def _refuse_held_out(root, paths):
     """Raise ValueError if files without a split seem to be partly for a test."""
-    if not any(_find_table(root, split) for split in ("train", "val")) and _match(root, LIST):
+    if _match(root, LIST):
         raise ValueError(f"{root} has no split that is read{_hint(root)}, or move it away to train "
                          "on all files")
     for folder in sorted({os.path.dirname(path) for path in paths}):

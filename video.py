@@ -340,6 +340,7 @@ def to_rgb(frame, min_size):
 
 
 def to_rgb_image(image):
+    """RGB without alpha of a PIL image of any mode."""
     image.info.pop("transparency", None)        # of a palette: Pillow would warn
     if image.mode.startswith("I"):              # 16 bits per pixel: convert() would clip to white
         high_bytes = np.asarray(image).astype(np.uint32) >> 8
