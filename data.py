@@ -6,7 +6,7 @@ Release: SlowFast's Kinetics, SSv2 and ImageNet loaders with the MaskFeat settin
 - A random number depends on (seed, epoch, index) only. The number of workers, processes or restarts
   changes no sample.
 
-    python data.py --check DIR      # decode every file under DIR; exit status 1 if one is unusable
+    python data.py --check DIR      # decode every file under DIR; exit status 1 if there is a fault
     python data.py --stats DIR      # mean and deviation of its colors, as flags for the scripts
 """
 
@@ -20,6 +20,7 @@ import os
 import random
 import signal
 import sys
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
 import engine
@@ -35,6 +36,7 @@ from video import UnreadableFile, read_clip, read_image
 
 ATTEMPTS = 10        # files tried for one sample before giving up
 PREFETCH = 2         # batches that a worker prepares ahead
+LARGE = 2 ** 24      # pixels of a picture that slows down a loader, for --check
 BATCH_TIMEOUT = 600  # s that a batch may take
 MORE_SHARED_MEMORY = "give it more (docker run --shm-size=2g or --ipc=host) or use fewer --workers"
 
@@ -665,56 +667,100 @@ def make_view_loader(dataset, indices, batch_size, workers, pin_memory=False):
 
 
 def check_file(path):
-    """Decodes a whole file. Returns (usable, what it holds or what stops it)."""
+    """Decodes a whole file. Returns what it holds or what stops it, as text, and, if it is usable,
+    (width, height, frames per second, seconds), the last two None for an image, else None."""
     count, times, last = 0, [], None
     try:
         if layouts.media_kind(path) == "image":
             width, height = read_image(path).size
-            return True, f"image, {width}x{height}"
+            return f"image, {width}x{height}", (width, height, None, None)
         with video.open_video(path) as (container, stream):
-            text = f"{stream.codec_context.name}, {stream.width}x{stream.height}"
+            codec, width, height = stream.codec_context.name, stream.width, stream.height
             promised = float((stream.duration or 0) * stream.time_base)
             for count, last in enumerate(container.decode(stream), 1):
                 times.append(last.time if last.pts is not None
                              else (count - 1) / video.frame_rate(stream))
             if not count:
-                return False, "no frame decodes"
+                return "no frame decodes", None
             seconds = times[-1] - times[0] + float((last.duration or 0) * stream.time_base)
     except UnreadableFile as error:
-        return False, error.reason + (f"; {count} frames decode before that" if count else "")
+        return error.reason + (f"; {count} frames decode before that" if count else ""), None
     if promised > seconds + video.MAY_LACK:
-        return False, f"cut off: {seconds:.2f} s ({count} frames) decode, not {promised:.2f} s"
-    return True, f"{text}, {count} frames, {count / (seconds or 1):.2f} fps, {seconds:.2f} s"
+        return f"cut off: {seconds:.2f} s ({count} frames) decode, not {promised:.2f} s", None
+    fps = count / (seconds or 1)
+    return (f"{codec}, {width}x{height}, {count} frames, {fps:.2f} fps, {seconds:.2f} s",
+            (width, height, fps, seconds))
 
 
-def check(folder, workers):
-    """Decodes every media file below a folder and in its lists, a line for each. Returns 0 or 1."""
+def check_layout(folder):
+    """Prints what the splits of a folder hold. Returns (list of their Samples, faults found)."""
+    found, classes, faults = [], (), 0
+    for split in ("train", "val"):
+        try:
+            samples = layouts.find_samples(folder, split)
+            found.append(samples)
+            labels = set(samples.labels) - {-1}
+            print(f"{split}: {len(samples)} {samples.kind}s, {len(labels)} classes, "
+                  f"{len(samples.missing)} missing, {len(samples.ignored)} ignored")
+            if labels:
+                _, classes = layouts.find_labeled(folder, split, classes)
+            if labels and len(found) == 2 and max(found[0].labels) >= 0:
+                layouts.check_splits(*found)
+        except layouts.MissingSplit as error:
+            print(f"note      {str(error).splitlines()[0]}")
+        except ValueError as error:
+            faults += 1
+            print(f"FAULT     {split}: {str(error).splitlines()[0]}")
+    return found, faults
+
+
+def check(folder, workers, image_size, verbose):
+    """Decodes every media file below a folder and in its lists, and prints what it has: unusable
+    files, missing ones, faults of the layout, a summary. Returns 0, or 1 if there is a fault.
+    The files of AVA are checked by ava.py when it starts."""
     from tqdm import tqdm
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no data folder {folder}")
-    (media, ignored), missing = layouts.walk(folder), []
-    for split in ("train", "val"):
-        try:
-            found = layouts.find_samples(folder, split)
-            media += sorted(set(found.paths) - set(media))      # a list may name files elsewhere
-            missing += found.missing
-            print(f"{split}: {len(found)} {found.kind}s, {len(found.classes)} named classes, "
-                  f"{len(found.missing)} missing")
-        except ValueError as error:
-            print(f"{split}: {str(error).partition(';')[0]}")
-    for path in ignored:
-        print(f"ignored   {path}: no media file")
+    (media, others), (found, faults) = layouts.walk(folder), check_layout(folder)
+    media = [os.path.normpath(path) for path in media]
+    listed = {os.path.normpath(path) for samples in found for path in samples.paths}
+    strays = Counter(os.path.dirname(path) for path in media if path not in listed and found)
+    for place, count in sorted(strays.items()):
+        print(f"note      {place}: {count} files are in no split")
+    missing = [path for samples in found for path in samples.missing]
     for path in missing:
         print(f"MISSING   {path}")
-    unusable = 0
+    media += sorted(listed - set(media))        # a list may name files elsewhere
+    facts = []
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         results = tqdm(pool.map(check_file, media), total=len(media), unit="file")
-        for path, (usable, text) in zip(media, results):
-            unusable += not usable
-            tqdm.write(f"{'usable   ' if usable else 'UNUSABLE '} {path}: {text}")
-    print(f"{len(media) - unusable} usable, {unusable} unusable, {len(missing)} missing, "
-          f"{len(ignored)} ignored")
-    return int(unusable + len(missing) > 0 or not media)
+        for (text, fact), path in zip(results, media):
+            if fact:
+                facts.append(fact)
+            large = fact and fact[0] * fact[1] > LARGE
+            if verbose or large or not fact:
+                state = "large" if large else "usable" if fact else "UNUSABLE"
+                tqdm.write(f"{state:9} {path}: {text}")
+    for line in summary(facts, image_size):
+        print(line)
+    unusable = len(media) - len(facts)
+    print(f"{len(facts)} usable, {unusable} unusable, {len(missing)} missing, {len(others)} other "
+          "files")
+    return int(unusable + len(missing) + faults > 0 or not media)
+
+
+def summary(facts, image_size):
+    """Lines on sizes, rates and lengths. facts: of the usable files, as of `check_file`."""
+    if not facts:
+        return
+    sizes = sorted({fact[:2] for fact in facts}, key=math.prod)
+    small = sum(min(fact[:2]) < image_size for fact in facts)
+    yield (f"sizes: {sizes[0][0]}x{sizes[0][1]} to {sizes[-1][0]}x{sizes[-1][1]} pixels; the "
+           f"shorter side is below {image_size} in {small / len(facts):.0%} of the files")
+    if clips := [fact[2:] for fact in facts if fact[2]]:
+        rates, seconds = zip(*clips)
+        yield (f"videos: {sum(seconds) / 3600:.2f} hours, {min(seconds):.2f} to {max(seconds):.2f} "
+               f"s each, {min(rates):.2f} to {max(rates):.2f} fps")
 
 
 def main():
@@ -723,9 +769,11 @@ def main():
     task.add_argument("--check", metavar="DIR", help="decode every file")
     task.add_argument("--stats", metavar="DIR", help="mean and deviation of up to 200 files")
     parser.add_argument("--workers", type=int, default=engine.usable_cores(), help="of --check")
+    parser.add_argument("--image-size", type=int, default=224, help="--check: count smaller files")
+    parser.add_argument("--verbose", action="store_true", help="--check: name usable files, too")
     options = parser.parse_args()
     if options.check:
-        sys.exit(check(options.check, options.workers))
+        sys.exit(check(options.check, options.workers, options.image_size, options.verbose))
     print(stats_flags(*color_stats(layouts.find_samples(options.stats, "train"), 200)))
 
 

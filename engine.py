@@ -786,8 +786,8 @@ def parse_recipe(recipes, description, argv=None):
 
 
 def run_main(main):
-    """Run a script's main(). What the user can mend (ValueError, OSError) is one line on stderr and
-    exit status 2."""
+    """Run a script's main(). What the user can mend (ValueError, OSError) is its message on stderr
+    and exit status 2."""
     for stream in (sys.stdout, sys.stderr):   # no path is too foreign to be printed
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -799,7 +799,7 @@ def run_main(main):
         message = str(error).strip()
         if "Original Traceback" in message:   # from a loader process: its last line, less the class
             message = message.splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
-        print(f"{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"{where}: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
     if dist.is_initialized():
         dist.barrier()                        # a rank that leaves early can make gloo abort

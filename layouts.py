@@ -4,6 +4,7 @@ Release: SlowFast's Kinetics and ImageNet loaders read the same. Its SSv2 loader
 frames, where the official json files and videos do here. Uses only the standard library.
 """
 
+import contextlib
 import csv
 import difflib
 import hashlib
@@ -18,6 +19,10 @@ from dataclasses import dataclass, field, replace
 VIDEO = ("mp4", "webm", "mkv", "avi", "mov", "m4v", "mpg", "mpeg", "ts", "flv")
 IMAGE = ("jpg", "jpeg", "png", "bmp", "webp")
 SSV2 = "(something-something-v2-)?"  # the official json files may start with it
+VAL = "val(id(ate|ation)?)?"
+HELD_OUT = rf"(\w+[-_])?({VAL}|test(ing)?|eval(uation)?|dev|(held|hold)[-_]?out)" \
+           r"([-_ ]?(set|split|data|videos?|images?|clips|frames|\d+p?))*"      # names of folders
+LIST = rf"([\w-]+[-_])?(train(ing)?|{VAL}|test)(list)?\d*([-_][\w-]*)?\.(csv|txt|tsv|json)"
 
 LAYOUTS = """accepted layouts:
   DIR/train/<class>/* and DIR/val/<class>/*   videos or images (ImageNet: train/n01440764/*.JPEG)
@@ -25,7 +30,11 @@ LAYOUTS = """accepted layouts:
   the same files as Kinetics has them, with the header label,youtube_id,time_start,time_end,split
   Something-Something v2: labels.json, train.json and validation.json, <id>.webm below DIR
   (lists may lie in DIR/annotations or DIR/labels, and a folder train be called training, train_256)
-  a folder of unlabelled files, searched recursively (training only)"""
+  a folder of unlabeled files, searched recursively (pre-training only)"""
+
+
+class MissingSplit(ValueError):
+    """A data set that has no such split."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,8 @@ def find_samples(root, split="train", limit_per_class=0, seed=0):
     split: "train" or "val". limit_per_class: keep that many files of each class, drawn by the seed,
     0 keeps all.
     Returns Samples. Labels index `classes`, which are the same for both splits.
-    Raises FileNotFoundError without such a folder, ValueError if it has no sample or mixes kinds.
+    Raises FileNotFoundError without such a folder, ValueError if it has no sample, mixes kinds, or
+    if files without a split seem to be partly for a test.
     """
     root = os.fspath(root)
     if split not in ("train", "val"):
@@ -76,7 +86,7 @@ def find_samples(root, split="train", limit_per_class=0, seed=0):
     if limit_per_class < 0:
         raise ValueError(f"limit_per_class={limit_per_class}: use a number of files, or 0 for all")
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"no data folder {root}; {LAYOUTS}")
+        raise FileNotFoundError(f"no data folder {root}\n{LAYOUTS}")
     tables = {name: _find_table(root, name) for name in ("train", "val")}
     folders = {name: _find_folder(root, name) for name in ("train", "val")}
     has_tables, has_folders = any(tables.values()), any(folders.values())
@@ -86,16 +96,18 @@ def find_samples(root, split="train", limit_per_class=0, seed=0):
     elif has_folders and not has_tables and folders[split]:
         paths, labels, classes, ignored = _read_folders(folders, split)
     elif has_tables or has_folders or split == "val":
-        raise ValueError(f"{root} has no {split} split: neither a folder {split} nor a list of it, "
-                         f"such as {split}.csv; {LAYOUTS}")
+        raise MissingSplit(
+            f"{root} has no {split} split: neither a folder {split} nor a list of it, such as "
+            f"{split}.csv{_hint(root)}\n{LAYOUTS}")
     else:
         paths, ignored = walk(root)
+        _refuse_held_out(root, paths)
         labels, classes = [-1] * len(paths), []
     if not paths:
         raise ValueError(f"no sample in the {split} split of {root} ({len(ignored)} files are no "
                          f"media or in no class, first: {ignored[:1]}; {len(missing)} listed files "
                          f"are missing, first: {missing[:1]}); media are "
-                         f"{VIDEO + IMAGE}; {LAYOUTS}")
+                         f"{', '.join(VIDEO + IMAGE)}\n{LAYOUTS}")
     videos = sum(media_kind(path) == "video" for path in paths)
     if 0 < videos < len(paths):
         raise ValueError(f"the {split} split of {root} mixes {videos} videos and "
@@ -107,7 +119,7 @@ def find_samples(root, split="train", limit_per_class=0, seed=0):
 
 def _find_folder(root, split):
     """The folder of a split: "train", or the only one with a name such as Training or train_256."""
-    exact, word = os.path.join(root, split), {"train": "train(ing)?", "val": "val(id(ation)?)?"}
+    exact, word = os.path.join(root, split), {"train": "train(ing)?", "val": VAL}
     if os.path.isdir(exact):
         return exact
     names = [entry.name for entry in os.scandir(root) if entry.is_dir()
@@ -116,6 +128,36 @@ def _find_folder(root, split):
         raise ValueError(f"{root} has {len(names)} folders for {split}, {', '.join(sorted(names))}:"
                          f" call one of them {split}")
     return os.path.join(root, names[0]) if names else None
+
+
+def _refuse_held_out(root, paths):
+    """Raise ValueError if files without a split seem to be partly for a test."""
+    if _match(root, LIST):
+        raise ValueError(f"{root} has no split that is read{_hint(root)}, or move it away to train "
+                         "on all files")
+    for folder in sorted({os.path.dirname(path) for path in paths}):
+        parts = os.path.relpath(folder, root).split(os.sep)
+        for depth, part in enumerate(parts):
+            if re.fullmatch(HELD_OUT, part.lower()):
+                place = os.path.join(root, *parts[:depth])
+                raise ValueError(
+                    f"{os.path.join(place, part)} seems to hold files for a test, and {root} has no"
+                    " folder train: " + (f"did you mean {place}?" if _find_folder(place, "train")
+                    else f"choose one folder below {root}, or call them train and val"))
+
+
+def _hint(root):
+    """The end of an error: a list in root that is not read, or a data set that root is part of."""
+    parent, splits = os.path.dirname(os.path.abspath(root)), ("train", "val")
+    path = _match(root, LIST)
+    if path and not any(_find_table(root, split) for split in splits):
+        return f"; {path} is not read: " + (
+            "put the labels.json of Something-Something beside it" if path.endswith(".json")
+            else "make it a train.csv or val.csv with lines of 'path label'")
+    with contextlib.suppress(OSError, ValueError):
+        if any(find(parent, split) for find in (_find_table, _find_folder) for split in splits):
+            return f"; did you mean {parent}?"
+    return ""
 
 
 def class_name(text):
@@ -153,6 +195,10 @@ def _read_folders(folders, split):
             labels.append(number[class_name(first)])
         else:                                    # beside the class folders
             ignored.append(path)
+    if media and not paths:                      # ImageNet's val, as it unpacks
+        raise ValueError(f"the {len(media)} files in {folders[split]} are in no class folder, first"
+                         f" {os.path.basename(media[0])}: sort them into folders of the "
+                         f"{len(classes)} classes, such as {folders[split]}/{classes[0]}/")
     return paths, labels, classes, ignored
 
 
@@ -165,7 +211,8 @@ def find_labeled(root, split, classes=(), num_classes=0, limit_per_class=0, seed
     samples = find_samples(root, split, limit_per_class, seed)
     if unlabeled := sum(label < 0 for label in samples.labels):
         raise ValueError(f"{root}: {unlabeled} of the {len(samples)} files in its {split} part "
-                         "have no label: put them into a folder per class, or give a csv of labels")
+                         "have no label: put them into a folder per class, or give a csv of labels"
+                         + _hint(root))
     named = list(samples.classes)
     if not classes and not named and not num_classes:    # labels of a list
         gaps = sorted(set(range(max(samples.labels) + 1)) - set(samples.labels))

@@ -25,6 +25,9 @@ MAY_LACK = 0.5       # s by which a video may end before its header says so
 SCALING = "AREA"     # each pixel is the mean over its area, as in the release's torchvision decoder
 REORDERED = 1        # s by which a packet may come after one that is shown later
 LOOK_AHEAD = 2000    # packets held in memory to learn which frames to skip
+MAX_ASPECT = 32      # scaling the short side of a longer picture to 256 would take gigabytes
+MAX_FRAME = 2 ** 26  # pixels of a video's frame, twice 8K: a decoder holds 16 frames or more
+MAX_IMAGE = 2 ** 30  # bytes of a decoded image
 EXACT_HEADERS = "mov,mp4,m4a,3gp,3g2,mj2", "avi", "mpegts"    # they time the picture by itself
 
 
@@ -65,12 +68,20 @@ def check_regular(path):
         raise UnreadableFile(path, "not a regular file")
 
 
+def check_size(path, width, height, most):
+    """Raises UnreadableFile for a picture of more than `most` pixels or of too long a shape."""
+    if width * height > most or max(width, height) > MAX_ASPECT * min(width, height):
+        raise UnreadableFile(path, f"{width}x{height} pixels, more than {most} or more than "
+                             f"{MAX_ASPECT} times as long as wide: crop it or make it smaller")
+
+
 @contextmanager
 def open_video(path, quick=False):
     """Yields (container, video stream), decoded by one thread: a loader has a worker per core.
 
     quick: learn from the header and a second of packets, without decoding a frame.
-    Raises UnreadableFile, also for what fails inside the `with` block.
+    Raises UnreadableFile, also for what fails inside the `with` block, and for a frame of more than
+    67 million pixels (MAX_FRAME) or 32 times as long as wide (MAX_ASPECT).
     """
     import av
     check_regular(path)
@@ -86,6 +97,7 @@ def open_video(path, quick=False):
             if stream is None or stream.codec_context is None:
                 raise UnreadableFile(path, "no decoder for its codec" if stream
                                      else "it has no video stream")
+            check_size(path, stream.width, stream.height, MAX_FRAME)
             stream.codec_context.thread_count = 1
             yield container, stream
     except (av.FFmpegError, OSError) as error:
@@ -327,25 +339,40 @@ def to_rgb(frame, min_size):
     return upright.transpose(2, 0, 1)
 
 
+def to_rgb_image(image):
+    """RGB without alpha of a PIL image of any mode."""
+    image.info.pop("transparency", None)        # of a palette: Pillow would warn
+    if image.mode.startswith("I"):              # 16 bits per pixel: convert() would clip to white
+        high_bytes = np.asarray(image).astype(np.uint32) >> 8
+        image = Image.fromarray(high_bytes.clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def read_image(path):
     """Reads an image as PIL RGB, without alpha and the EXIF orientation, as the release does.
 
     Above the size at which Pillow suspects an attack (179 million pixels) it is halved until below.
-    Raises UnreadableFile if it is damaged or cut off.
+    Raises UnreadableFile if it is damaged, cut off, takes more than 1 GiB before it is converted
+    (MAX_IMAGE), or is more than 32 times as long as wide (MAX_ASPECT).
     """
     check_regular(path)
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with Image.open(path) as image:
+            (W, H), n = image.size, 1
+            check_size(path, W, H, MAX_IMAGE // (1 if image.mode in ("1", "L", "P") else 4))
             image.load()
-            image.info.pop("transparency", None)                  # of a palette: Pillow would warn
-            if image.mode.startswith("I"):      # 16 bits per pixel: convert() would clip to white
-                high_bytes = np.asarray(image).astype(np.uint32) >> 8
-                image = Image.fromarray(high_bytes.clip(0, 255).astype(np.uint8))
-            image = image.convert("RGB")
-        while limit and image.width * image.height > 2 * limit:   # Pillow would refuse to crop it
-            image = image.reduce(2)
-        return image
+            while limit and (W // n + 1) * (H // n + 1) > 2 * limit:  # Pillow would not crop it
+                n *= 2
+            if n == 1:
+                return to_rgb_image(image)
+            small = Image.new("RGB", (math.ceil(W / n), math.ceil(H / n)))
+            for top in range(0, H, 64 * n):     # in strips, since RGB takes four bytes a pixel
+                strip = image.crop((0, top, W, min(top + 64 * n, H)))
+                small.paste(to_rgb_image(strip).reduce(n), (0, top // n))
+            return small
+    except UnreadableFile:
+        raise
     except Exception as error:                  # a damaged file can raise anything in Pillow
         raise unreadable(path, error) from error
     finally:

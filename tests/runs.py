@@ -70,13 +70,13 @@ def run_well(script, *flags, **kw):
 
 
 def refusal(monkeypatch, capsys, script, *flags):
-    """The one line with which a script refuses its flags, in this process."""
+    """The error with which a script refuses its flags, in this process."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
     try:
         engine.run_main(importlib.import_module(script).main)
     except SystemExit as exit:
         assert exit.code == 2
-        return capsys.readouterr().err.strip().splitlines()[-1]
+        return "error: " + capsys.readouterr().err.partition("error: ")[2]
     raise AssertionError(f"{script} {flags} was not refused")
 
 

@@ -3,6 +3,7 @@ import hashlib
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -518,24 +519,55 @@ raise SystemExit(5)
 
 
 def test_check_file_says_what_a_file_holds(tmp_path, videos):
-    good = data.check_file(videos["b_frames.mp4"])
-    assert good == (True, "h264, 64x48, 120 frames, 30.00 fps, 4.00 s")
-    usable, text = data.check_file(cut_off(tmp_path))
-    assert not usable and "frames" in text
+    assert data.check_file(videos["b_frames.mp4"]) == (
+        "h264, 64x48, 120 frames, 30.00 fps, 4.00 s", (64, 48, 30, 4))
+    text, facts = data.check_file(cut_off(tmp_path))
+    assert facts is None and "frames" in text
     Image.new("RGB", (32, 16)).save(tmp_path / "a.png")
-    assert data.check_file(tmp_path / "a.png") == (True, "image, 32x16")
-    assert not data.check_file(tmp_path / "absent.png")[0]
+    assert data.check_file(tmp_path / "a.png") == ("image, 32x16", (32, 16, None, None))
+    assert data.check_file(tmp_path / "absent.png")[1] is None
 
 
-@pytest.mark.slow
-def test_check_names_the_unusable_files(tmp_path):
-    write_video(tmp_path / "good.mp4", range(30))
-    (tmp_path / "notes.txt").touch()
-    (tmp_path / "bad.mp4").write_text("not a video")
-    command = [sys.executable, data.__file__, "--check", tmp_path, "--workers", "1"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert result.returncode == 1, result.stderr
-    assert "1 usable, 1 unusable, 0 missing, 1 ignored" in result.stdout
-    assert "h264, 64x48, 30 frames, 30.00 fps, 1.00 s" in result.stdout
-    assert [line.split()[1] for line in result.stdout.splitlines()
-            if line.startswith("UNUSABLE")] == [f"{tmp_path / 'bad.mp4'}:"]
+class InThisProcess:
+    """Stands for a pool of processes, which take seconds to start."""
+
+    def __init__(self, *_):
+        self.map = map
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_check_names_what_is_wrong_before_a_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "ProcessPoolExecutor", InThisProcess)
+    for k, place in enumerate(("train/a", "train/b", "val/a", "val/c", "test")):
+        write_video(tmp_path / place / f"{k}.mp4", range(30))
+    assert data.check(tmp_path, 1, 48, verbose=True) == 1
+    output = capsys.readouterr().out
+    for words in ("FAULT     val: 1 classes", "'c'", f"{tmp_path}/test: 1 files are in no split",
+                  "64x48 to 64x48 pixels", "below 48 in 0%", "0.00 hours, 1.00 to 1.00 s each",
+                  "30.00 to 30.00 fps", "5 usable, 0 unusable, 0 missing, 0 other", "usable    "):
+        assert words in output, (words, output)
+    (tmp_path / "train.csv").write_text("train/a/0.mp4 0\ntrain/b/1.mp4 2\ngone.mp4 0\n")
+    (tmp_path / "val.csv").write_text("val/a/2.mp4 0\nval/c/3.mp4;1\n")
+    (tmp_path / "test/bad.mp4").write_text("not a video")
+    Image.new("RGB", (640, 10)).save(tmp_path / "long.png")
+    monkeypatch.setattr(data, "LARGE", 64 * 48 - 1)
+    assert data.check(tmp_path, 1, 224, verbose=False) == 1
+    output = capsys.readouterr().out
+    for words in ("train: .* 1 gaps", "val.csv, line 2", "MISSING .*gone.mp4", "below 224 in 100%",
+                  "UNUSABLE  .*bad.mp4", "UNUSABLE  .*long.png.*640x10", "large     .*0.mp4"):
+        assert re.search(words, output), (words, output)
+    assert "\nusable" not in output
+
+
+def test_check_of_a_sound_folder_is_short(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "ProcessPoolExecutor", InThisProcess)
+    for k in range(3):
+        Image.new("RGB", (32 + k, 16)).save(tmp_path / f"{k}.png")
+    assert data.check(tmp_path, 1, 224, verbose=False) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and "32x16 to 34x16 pixels" in lines[2]

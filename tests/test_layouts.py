@@ -6,6 +6,7 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -178,7 +179,7 @@ def test_layout_imagenet(tmp_path):
     assert (train.kind, train.labels, val.labels) == ("image", [0, 1], [1])
     assert train.classes == val.classes == ["n01440764", "n01443537"]
     touch(tmp_path, "flat/train/n01440764/a.JPEG", "flat/val/ILSVRC2012_val_00000001.JPEG")
-    with pytest.raises(ValueError, match="in no class, first: .*ILSVRC2012_val_00000001"):
+    with pytest.raises(ValueError, match="ILSVRC2012_val_00000001.*sort.*flat/val/n01440764/"):
         layouts.find_samples(tmp_path / "flat", "val")
 
 
@@ -259,6 +260,30 @@ def test_other_names_of_the_splits(train, val, tmp_path):
         layouts.find_samples(tmp_path)
 
 
+@pytest.mark.parametrize("files, words", [
+    ("training_set/a/1.png validate_videos/a/2.png", "validate_videos.* test"),
+    ("clips/1.png holdout/2.png", "holdout"),
+    ("videos/train/1.png videos/k400_val/2.png", "k400_val.*did you mean .*/videos?"),
+    ("1.png train.txt", "train.txt is not read.*train.csv"),
+    ("1.png annotations/k600_train_path.txt", "k600_train_path.txt is not read"),
+    ("1.webm labels/train.json labels/validation.json", "train.json is not read.*labels.json")])
+def test_files_for_a_test_are_not_trained_on(files, words, tmp_path):
+    """In folders of names that are not known, or by a list that is not read."""
+    touch(tmp_path, *files.split())
+    with pytest.raises(ValueError, match=words):
+        layouts.find_samples(tmp_path)
+
+
+def test_a_folder_of_class_folders_names_the_data_set_above(tmp_path):
+    touch(tmp_path, "k400/train/training dog/1.mp4", "k400/train/crash tests/2.mp4",
+          "k400/validate/training dog/3.mp4")
+    assert layouts.find_samples(tmp_path / "k400/train").labels == [-1, -1]
+    for split in ("train", "val"):
+        with pytest.raises(ValueError, match=r"did you mean \S+/k400\?"):
+            layouts.find_labeled(tmp_path / "k400/train", split)
+    assert len(layouts.find_samples(tmp_path / "k400", "val")) == 1
+
+
 def test_paths_of_lists(tmp_path, monkeypatch):
     """From inside the folder, and through a link to it."""
     touch(tmp_path, "real/videos/x.png", "real/lists/none.txt", "other/y.png")
@@ -274,6 +299,21 @@ def test_a_loop_of_links_is_walked_once(tmp_path):
     touch(tmp_path, "train/a/1.png", "train/a/2.png", "train/b/3.png")
     (tmp_path / "train/a/up").symlink_to(tmp_path / "train")
     assert len(layouts.find_samples(tmp_path)) == 3
+
+
+def test_names_that_are_not_utf_8_are_kept(tmp_path):
+    """By a list, a checkpoint and an npz."""
+    engine, name = pytest.importorskip("engine"), os.fsdecode(b"caf\xe9")
+    try:
+        touch(tmp_path, f"{name}/{name}.png", "b/1.png")
+    except OSError:
+        pytest.skip("the file system takes UTF-8 only")
+    (tmp_path / "train.csv").write_bytes(b"caf\xe9/caf\xe9.png 0\nb/1.png 1\n")
+    assert layouts.find_samples(tmp_path).paths[0] == str(tmp_path / name / f"{name}.png")
+    engine.save_checkpoint(str(tmp_path / "last.pt"), {"classes": [name]})
+    assert engine.read_checkpoint(str(tmp_path / "last.pt"))["classes"] == [name]
+    np.savez(tmp_path / "x.npz", classes=np.array([name]))
+    assert np.load(tmp_path / "x.npz")["classes"].tolist() == [name]
 
 
 def test_lists_of_other_encodings_and_broken_ones(tmp_path):

@@ -344,6 +344,23 @@ def test_image_too_large_for_pillow_is_read(tmp_path, monkeypatch):
     assert Image.MAX_IMAGE_PIXELS == 2500
 
 
+def test_pictures_that_would_take_gigabytes(tmp_path, videos, monkeypatch):
+    """Refused before they are decoded, or read in strips, as if halved as a whole."""
+    pixels = np.random.default_rng(0).integers(0, 2, (301, 77), np.uint8)
+    Image.fromarray(255 * pixels).convert("1").save(tmp_path / "bits.png")
+    whole = video.read_image(tmp_path / "bits.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2500)  # more than one strip, quartered
+    assert np.array_equal(video.read_image(tmp_path / "bits.png"), whole.reduce(4))
+    Image.new("L", (330, 10)).save(tmp_path / "long.png")
+    monkeypatch.setattr(video, "MAX_IMAGE", 5000)
+    monkeypatch.setattr(video, "MAX_FRAME", 64 * 48 - 1)
+    for read, path, words in ((video.read_image, tmp_path / "bits.png", "77x301.*more than 5000"),
+                              (video.read_image, tmp_path / "long.png", "32 times as long"),
+                              (video.read_clip, videos["short.mp4"], "64x48.*more than 3071")):
+        with pytest.raises(video.UnreadableFile, match=words):
+            read(path)
+
+
 @pytest.mark.filterwarnings("error")
 def test_palette_with_transparency_keeps_its_colors(tmp_path):
     image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
