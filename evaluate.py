@@ -15,7 +15,7 @@ processes. A file that cannot be read is named and left out. The test writes
 features (n, D), labels (n,) with -1 for none, paths (n,), split (n,) train or val, classes (K,),
 and with --every time (n,), the beginning of the clip in seconds.
 --probe trains on the train part and tests on the val part, see probe.py. The learning rate is
-chosen on a fifth of the training files. With fewer than five labels a class it is fixed.
+chosen on a fifth of the training files, never on the val part. It is fixed if these are few.
 """
 import argparse
 import json
@@ -96,8 +96,8 @@ def run_test(model, recipe, samples, classes, stem, device, rank, world, print0)
     dataset = view_dataset(samples, recipe, recipe.clips, recipe.crops)
     frames = (recipe.num_frames,) if samples.kind == "video" else ()
     cost = count_flops(model, (1, 3, *frames, *recipe.image_size))
-    print0(f"{samples.kind}s to test: {len(samples)}, clips x crops of each: "
-           f"{dataset.clips} x {dataset.crops}, GFLOPs of a view: {cost['flops'] / 1e9:.4g}, "
+    print0(f"{samples.kind}s to test: {len(samples)}, clips x crops: {dataset.clips} x "
+           f"{dataset.crops}, {cost['flops'] / 1e9:.4g} GFLOPs a view, "
            f"{cost['parameters'] / 1e6:.4g} M parameters, in "
            + engine.mixed_precision(recipe.amp, device)[0])
     results = test(model, recipe, dataset, classes, device, rank, world)
@@ -116,13 +116,12 @@ def run_test(model, recipe, samples, classes, stem, device, rank, world, print0)
 
 def describe(results, kind):
     """The lines to print: accuracies, classes (all, or the worst ten), what could not be read."""
-    files, classes = results["files"], len(results["per_class"])
-    top = lambda level: "".join(
-        f", {what}-level top-{k} {probe.percent(results[f'{level}top{k}'], files)}"
-        for what in [kind if not level else "clip" if kind == "video" else "crop"]
-        for k in ((1, 5) if classes > 5 else (1,)))
-    lines = [f"{kind}s: {files}, clips x crops: {results['clips']} x {results['crops']}"
-             + top("") + top("view_") + f" (± one standard error; chance {100 / classes:.2f})"]
+    files, classes = results["files"], len(results["confusion"])
+    line = f"{kind}s: {files}, clips x crops: {results['clips']} x {results['crops']}"
+    for level, key in ((kind, ""), ("clip" if kind == "video" else "crop", "view_")):
+        for k in (1, 5) if classes > 5 else (1,):
+            line += f", {level}-level top-{k} {probe.percent(results[f'{key}top{k}'], files)}"
+    lines = [f"{line} (± one standard error, chance: {100 / classes:.2f})"]
     ranked = sorted(((share, name, count) for name, (share, count) in results["per_class"].items()
                      if count), key=lambda entry: entry[:2])
     if len(ranked) > 40:
@@ -214,7 +213,7 @@ def load(flags, print0):
             if models.takes_clips(recipe.model) else "")
     print0(f"{flags.checkpoint}: {recipe.model}, {recipe.num_classes} classes, {clip}"
            f"{recipe.image_size[0]}x{recipe.image_size[1]} pixels"
-           + "".join(f", {len(report[what])} tensors {what}" for what in ("resized", "left out")
+           + "".join(f", tensors {what}: {len(report[what])}" for what in ("resized", "left out")
                      if report[what]))
     classes = list(checkpoint.get("classes", []))
     if flags.classes:
