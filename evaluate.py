@@ -65,14 +65,10 @@ def test(model, recipe, dataset, classes, device, rank, world):
     "crops", "per_class" {name: [accuracy, files]}, "confusion" (rows: truth).
     """
     # model.forward, not model: one compiled for training would be compiled again for each shape.
-    forward = on_views(model.eval().forward, recipe, device)
-    records, unreadable = over_views(lambda x: [forward(x).float().softmax(dim=1)], dataset,
-                                     recipe, device, rank, world, "testing")
-    if not records:
-        raise ValueError(f"none of the {len(unreadable)} files to test can be read, the first: "
-                         f"{unreadable[0]}")
-    labels = np.array([label for _, label, _ in records])
-    views = np.stack([output for _, _, output in records])                    # (files, views, K)
+    forward = model.eval().forward
+    (_, labels, views), unreadable = over_views(          # views: (files, views, K)
+        lambda x: [forward(x).float().softmax(dim=1)], dataset, recipe, device, rank, world,
+        "testing")
     if not np.isfinite(views).all():
         raise ValueError("the model gives scores that are not finite: its weights are unusable, or "
                          "--amp fp16 is too narrow")
@@ -81,7 +77,7 @@ def test(model, recipe, dataset, classes, device, rank, world):
     confusion = np.zeros((len(classes), len(classes)), int)
     np.add.at(confusion, (labels, np.argsort(-scores, axis=1, kind="stable")[:, 0]), 1)
     return {
-        "files": len(records), "unreadable": [list(entry) for entry in unreadable],
+        "files": len(labels), "unreadable": [list(entry) for entry in unreadable],
         "clips": dataset.clips, "crops": dataset.crops,
         "view_top1": accuracy(flat, repeated, 1), "view_top5": accuracy(flat, repeated, 5),
         "top1": accuracy(scores, labels, 1), "top5": accuracy(scores, labels, 5),

@@ -40,14 +40,15 @@ def on_views(function, recipe, device):
 
 
 @torch.no_grad()
-def over_views(forward, dataset, recipe, device, rank, world, what):
-    """Run `forward` over all views of every file of a data.ViewDataset, each rank on its share.
+def over_views(function, dataset, recipe, device, rank, world, what):
+    """Run `function` over all views of every file of a data.ViewDataset, each rank on its share.
 
-    forward: uint8 views (n, 3, [T,] H, W) on the device -> a list of tensors (n, ...). recipe: with
-    device_batch and workers. Returns, the same on all ranks and in order: [(index, label, array
-    (views, ...) of each tensor)], and the unreadable files as [(path, reason)]. All ranks must call
-    it.
+    function: normalized views (n, 3, [T,] H, W) on the device -> a list of tensors (n, ...).
+    recipe: with device_batch, workers, amp, mean and std. Returns, the same on all ranks, arrays of
+    the readable files in order, [index (n,), labels (n,), then (n, views, ...) of each tensor], and
+    the others as [(path, reason)]. All ranks must call it. Raises ValueError if there are none.
     """
+    forward = on_views(function, recipe, device)
     records, unreadable, share = [], [], range(rank, len(dataset), world)
     loader = data.make_view_loader(
         dataset, share, max(recipe.device_batch // dataset.views, 1),
@@ -64,7 +65,11 @@ def over_views(forward, dataset, recipe, device, rank, world, what):
             records += [entry for entry, good in zip(entries, batch["readable"]) if good]
             bar.update(len(batch["x"]))
     records = sorted(engine.gather_list(records), key=lambda record: record[0])
-    return records, sorted(engine.gather_list(unreadable))
+    unreadable = sorted(engine.gather_list(unreadable))
+    if not records:
+        raise ValueError(f"none of the {len(dataset)} files in {dataset.samples.root} can be read, "
+                         f"the first: {unreadable[0]}")
+    return [np.stack(column) for column in zip(*records)], unreadable
 
 
 # ---------------------------------------------------------------------------------------- features
@@ -87,15 +92,11 @@ def pooled_and_tokens(model, x):
 
 
 def extract(function, recipe, dataset, device, rank, world, print0):
-    """`function` (a view of a model as a list of tensors) over a data.ViewDataset. Returns index
-    (n,), labels (n,) and each tensor as an array (n, views, ...) of the files that can be read."""
-    records, unreadable = over_views(on_views(function, recipe, device), dataset, recipe, device,
-                                     rank, world, "features")
+    """The arrays of `over_views`, after naming the files that cannot be read."""
+    arrays, unreadable = over_views(function, dataset, recipe, device, rank, world, "features")
     for path, reason in unreadable:
         print0(f"unreadable, left out: {path}: {reason}")
-    if not records:
-        raise ValueError(f"none of the {len(dataset)} files in {recipe.data} can be read")
-    return [np.stack(column) for column in zip(*records)]
+    return arrays
 
 
 def clip_starts(path, recipe):

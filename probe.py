@@ -37,14 +37,6 @@ def nearest_neighbors(x, y, train, test, k, num_classes, temperature=0.07):
     return right / len(test)
 
 
-class LinearProbe(nn.Linear):
-    """A linear layer that starts at zero."""
-
-    def reset_parameters(self):
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-
 class AttentiveProbe(nn.Module):
     """Cross-attention of one learned query to all tokens, LayerNorm, linear layer.
 
@@ -59,7 +51,7 @@ class AttentiveProbe(nn.Module):
         self.query = nn.Parameter(torch.zeros(heads, dim))
         self.value = nn.Parameter(torch.eye(dim).unflatten(0, (heads, -1)))   # (heads, C, D)
         self.norm = nn.LayerNorm(dim)
-        self.head = LinearProbe(dim, num_classes)
+        self.head = nn.Linear(dim, num_classes)
 
     def forward(self, x):
         """(B, N, D) -> logits (B, num_classes)."""
@@ -72,7 +64,7 @@ class AttentiveProbe(nn.Module):
 def fit(kind, x, y, train, test, lrs, num_classes, device, seed=0, epochs=100, batch_size=256):
     """Top-1 on the rows `test` of a probe for each learning rate, trained on the rows `train`.
 
-    kind: LinearProbe or AttentiveProbe. x: (n, D) or (n, N, D), float32 or float16. The rates share
+    kind: nn.Linear or AttentiveProbe. x: (n, D) or (n, N, D), float32 or float16. The rates share
     each batch. Features are standardized by mean and deviation of each channel over `train`.
     """
     D = x.shape[-1]
@@ -136,7 +128,7 @@ def compare(features, tokens, y, draws, test, num_classes, device, seed=0):
     found = {f"{k} neighbors": [
         nearest_neighbors(features.to(device), y.to(device), train, test, k, num_classes)
         for train in draws] for k in (10, 20)}
-    for name, kind, x in (("linear", LinearProbe, features), ("attentive", AttentiveProbe, tokens)):
+    for name, kind, x in (("linear", nn.Linear, features), ("attentive", AttentiveProbe, tokens)):
         if x is not None:
             found[name] = []
             for i, train in enumerate(draws):

@@ -25,12 +25,11 @@ def test_attention_against_query_key_value():
     """Cross-attention with separate keys and values, head by head and token by token."""
     torch.manual_seed(0)
     net, x = probe.AttentiveProbe(128, 3), torch.randn(2, 5, 128)
-    assert torch.equal(net(x), torch.zeros(2, 3))
+    torch.testing.assert_close(net(x), net.head(net.norm(x.mean(dim=1))))     # the start
     q, K, V = torch.randn(2, 64), torch.randn(2, 64, 128) / 8, torch.randn(2, 64, 128)
     with torch.no_grad():
         net.query.copy_(torch.stack([K[h].T @ q[h] for h in range(2)]))
         net.value.copy_(V)
-        net.head.weight.normal_()
     heads = []
     for h in range(2):
         share = torch.stack([(K[h] @ x[:, n].T).T @ q[h] / 128 ** 0.5 for n in range(5)], dim=1)
@@ -39,7 +38,7 @@ def test_attention_against_query_key_value():
     z = torch.cat(heads, dim=1)
     z = z - z.mean(dim=1, keepdim=True)
     z = z / (z.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
-    torch.testing.assert_close(net(x), z @ net.head.weight.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(net(x), net.head(z), rtol=1e-4, atol=1e-4)
     net(x)[:, 0].sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in (net.query, net.value, net.head.weight))
 
@@ -66,7 +65,7 @@ def test_attentive_probe_finds_the_token():
 def test_fit_standardizes_and_rates_do_not_mix():
     x, y, train, test = tokens_with_a_clue()
     x = x.double().mean(dim=1)
-    fit = lambda x, lrs: probe.fit(probe.LinearProbe, x, y, train, test, lrs, 2, CPU, epochs=10)
+    fit = lambda x, lrs: probe.fit(torch.nn.Linear, x, y, train, test, lrs, 2, CPU, epochs=10)
     alone, both = fit(x, [0.3]), fit(x, [0.3, 1000.0])
     assert both[0] == alone[0] == pytest.approx(fit(1000 * x + 5, [0.3])[0], abs=0.02)
 
