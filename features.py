@@ -69,7 +69,11 @@ def over_views(function, dataset, recipe, device, rank, world, what):
     if not records:
         raise ValueError(f"none of the {len(dataset)} files in {dataset.samples.root} can be read, "
                          f"the first: {unreadable[0]}")
-    return [np.stack(column) for column in zip(*records)], unreadable
+    columns = [np.stack(column) for column in zip(*records)]
+    if not all(np.isfinite(column).all() for column in columns):
+        raise ValueError("the model gives numbers that are not finite: choose another checkpoint, "
+                         "or another --amp")
+    return columns, unreadable
 
 
 # ---------------------------------------------------------------------------------------- features
@@ -118,14 +122,15 @@ def write_features(model, recipe, device, rank, world, print0):
                          "--clips and --segments")
     parts = {split: layouts.find_samples(recipe.data, split)
              for split in recipe.split or layouts.splits_of(recipe.data)}
+    for samples in parts.values():
+        check_kind(recipe, samples)
     rows = [(path, label, split, start) for split, samples in parts.items()
             for path, label in zip(samples.paths, samples.labels)
             for start in (clip_starts(path, recipe) if recipe.every else [None])]
     paths, labels, splits, starts = map(list, zip(*rows))
     first = next(iter(parts.values()))
-    samples = replace(first, paths=paths, labels=labels)
-    check_kind(recipe, samples)
-    dataset = view_dataset(samples, recipe, recipe.clips, recipe.crops, starts)
+    dataset = view_dataset(replace(first, paths=paths, labels=labels), recipe, recipe.clips,
+                           recipe.crops, starts)
     index, labels, features = extract(lambda x: [model.features(x).float()], recipe, dataset,
                                       device, rank, world, print0)
     names = [os.path.relpath(path, first.root or ".") for path in paths]
@@ -148,7 +153,7 @@ def run_probe(model, recipe, device, rank, world, print0):
     val, _ = layouts.find_labeled(recipe.data, "val", classes=classes)
     layouts.check_splits(train, val)
     check_kind(recipe, val)
-    numbers = replace(train, paths=list(range(len(train))))
+    numbers = replace(train, paths=list(range(len(train))))   # a draw is a list of numbers
     draws = {shots: [layouts._limit(numbers, shots, recipe.seed + i).paths if shots
                      else numbers.paths for i in range(recipe.seeds)] for shots in recipe.shots}
     used = sorted({i for draw in draws.values() for rows in draw for i in rows})
