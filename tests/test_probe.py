@@ -46,13 +46,13 @@ def test_attention_against_query_key_value():
 def tokens_with_a_clue():
     """The label is in one token, which is marked. In the mean it is lost among the others."""
     rng = torch.Generator().manual_seed(0)
-    x, y, every = 2 * torch.randn(200, 12, 8, generator=rng), torch.arange(200) % 2, range(200)
-    place = torch.randint(12, (200,), generator=rng)
+    x, y, every = 2 * torch.randn(150, 12, 8, generator=rng), torch.arange(150) % 2, range(150)
+    place = torch.randint(12, (150,), generator=rng)
     x[..., 7] = 0
     x[every, place] = 0
     x[every, place, 7] = 6
     x[every, place, y] = 3
-    return x.half(), y, torch.arange(120), torch.arange(120, 200)
+    return x.half(), y, torch.arange(90), torch.arange(90, 150)
 
 
 def test_attentive_probe_finds_the_token():
