@@ -396,7 +396,7 @@ def check_views(clips, crops, crop_ratio):
 
 
 def read_views(path, image_size, num_frames=None, sampling_rate=4, clips=1, crops=1,
-               crop_ratio=0.875, segments=False):
+               crop_ratio=0.875, segments=False, start=None):
     """All views of one file for a test, decoded once. Nothing is random.
 
     num_frames: T of a video, None for an image. image_size: (H, W).
@@ -404,6 +404,7 @@ def read_views(path, image_size, num_frames=None, sampling_rate=4, clips=1, crop
     a clip is a moment in each of T equal parts of the video, their midpoints if it is the only one.
     crops: 1 is the center of the picture scaled to cover image_size / crop_ratio. 3 are left,
     center and right (or top, middle, bottom) of the picture scaled to cover image_size.
+    start: where the only clip begins, in seconds after the beginning of the video.
     Returns uint8 (clips*crops, 3, T, H, W), clip by clip, or (crops, 3, H, W). Images are scaled
     bicubically (release). Raises UnreadableFile, or ValueError by `check_views`.
     """
@@ -415,6 +416,8 @@ def read_views(path, image_size, num_frames=None, sampling_rate=4, clips=1, crop
         if segments:
             each = [video.segment_times(first, duration, [(c + 0.5) / clips] * num_frames)
                     for c in range(clips)]
+        elif start is not None:
+            each = [video.clip_times(first + start, 0, num_frames, sampling_rate, 0)]
         else:                                   # release: the last clip ends with the video
             each = [video.clip_times(first, duration, num_frames, sampling_rate,
                                      c / (clips - 1) if clips > 1 else 0.5) for c in range(clips)]
@@ -442,14 +445,16 @@ def read_views(path, image_size, num_frames=None, sampling_rate=4, clips=1, crop
 class ViewDataset(torch.utils.data.Dataset):
     """Item i is all views of file i, for validation and test. Arguments as of `read_views`.
 
-    views: their number per file. An item is a dict of "x" as there, "label" int, "index" int and
-    "unreadable": [], or [(path, reason)] and x is zero, since a test counts every file.
+    starts: of each file's only clip, in seconds; None: the clips of `read_views`.
+    views: their number per file. An item is a dict of "x" as there, "label" int, "index" int,
+    "readable" bool and "unreadable": [], or [(path, reason)] and x is zero.
     """
 
     def __init__(self, samples, image_size, num_frames=None, sampling_rate=4, clips=1, crops=1,
-                 crop_ratio=0.875, segments=False):
+                 crop_ratio=0.875, segments=False, starts=None):
         check_kind(samples.kind, num_frames)
         check_views(clips, crops, crop_ratio)
+        self.starts = starts or [None] * len(samples)
         self.samples, self.clips, self.crops = samples, clips if num_frames else 1, crops
         self.views = self.clips * crops
         self.shape = (self.views, 3, *((num_frames,) if num_frames else ()), *image_size)
@@ -462,12 +467,12 @@ class ViewDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         unreadable = []
         try:
-            x = read_views(self.samples.paths[index], *self.arguments)
+            x = read_views(self.samples.paths[index], *self.arguments, self.starts[index])
         except UnreadableFile as error:
             x = torch.zeros(self.shape, dtype=torch.uint8)
             unreadable = [(error.path, error.reason)]
         return {"x": x, "label": self.samples.labels[index], "index": index,
-                "unreadable": unreadable}
+                "readable": not unreadable, "unreadable": unreadable}
 
 
 # ------------------------------------------------------------------------------ batches and loaders

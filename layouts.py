@@ -256,6 +256,12 @@ def _renumber(samples, named, classes, split):
     return replace(samples, labels=[number[own[label]] for label in samples.labels])
 
 
+def splits_of(root):
+    """The splits that a folder has: those of its lists, else of its folders, else "train"."""
+    tables = [split for split in ("train", "val") if _find_table(root, split)]
+    return tables or [split for split in ("train", "val") if _find_folder(root, split)] or ["train"]
+
+
 def check_splits(train, val):
     """Raise ValueError for a class with files to test, but none to train on."""
     lost = sorted(set(val.labels) - set(train.labels))
