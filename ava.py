@@ -686,7 +686,7 @@ def detect(detector, frames, media, recipe, view):
     groups = [range(len(frames))[i:i + size] for i in range(0, len(frames), size)]
     loader = make_loader(Clips(frames, media, recipe, view), groups[rank::world], device, list)
     scores, unreadable = [], []
-    for items in tqdm(loader, desc=f"{view} view", disable=rank > 0, leave=False):
+    for items in tqdm(loader, desc=f"{view} view", disable=rank > 0 or None, leave=False):
         unreadable += [entry for item in items for entry in item["unreadable"]]
         items = [item for item in items if "x" in item]
         if items:

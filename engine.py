@@ -469,8 +469,8 @@ class Run:
             raise ValueError(f"not all nodes see the same {self.checkpoint_path}: put --out on a "
                              "file system that they share")
         from_rank0(lock_folder, recipe.out)
-        self.about = describe(recipe, fingerprint, num_files)
         if self.rank == 0:
+            self.about = provenance(recipe, fingerprint, num_files)
             drop_later_lines(self.log_path, self.step, self.print0)
             add_to_list(os.path.join(recipe.out, "recipe.json"), self.about)
         self.first_loss, self.has_risen = None, False
@@ -643,15 +643,15 @@ class Run:
                              "train again with a lower --lr or with --amp fp32")
 
 
-def describe(recipe, fingerprint, num_files):
+def provenance(recipe, fingerprint, num_files):
     """What a run was made with: a dict of plain values."""
-    code = Path(__file__).resolve().parent
+    code, commit = Path(__file__).resolve().parent, ""
     with contextlib.suppress(OSError, subprocess.SubprocessError):            # no git
         commit = subprocess.run(["git", "-C", code, "describe", "--always", "--dirty"], text=True,
                                 capture_output=True, timeout=10).stdout.strip()
     versions = {name: metadata.version(name) for name in ("torch", "numpy", "pillow", "av")}
     return {"date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "command": shlex.join(sys.argv),
-            "recipe": dataclasses.asdict(recipe), "data": fingerprint, "files": num_files,
+            "recipe": dict(vars(recipe)), "data": fingerprint, "files": num_files,
             "commit": commit, "python": platform.python_version(), **versions}
 
 

@@ -97,6 +97,7 @@ def run_test(model, recipe, samples, classes, stem, device, rank, world, print0)
     for line in describe(results, samples.kind):
         print0(line)
     if rank == 0:
+        results["about"] = engine.provenance(recipe, layouts.fingerprint(samples), len(samples))
         stem = f"{stem}_{dataset.clips}x{dataset.crops}"
         with open(stem + ".json.tmp", "w") as f:
             json.dump(results, f, indent=1)

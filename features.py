@@ -53,7 +53,7 @@ def over_views(function, dataset, recipe, device, rank, world, what):
     loader = data.make_view_loader(
         dataset, share, max(recipe.device_batch // dataset.views, 1),
         engine.loader_workers(recipe.workers, device), pin_memory=device.type == "cuda")
-    with tqdm(total=len(share), unit=dataset.samples.kind, desc=what, disable=rank > 0,
+    with tqdm(total=len(share), unit=dataset.samples.kind, desc=what, disable=rank > 0 or None,
               dynamic_ncols=True, leave=False) as bar:
         for batch in loader:
             views = batch["x"].flatten(0, 1).split(recipe.device_batch)
@@ -154,7 +154,7 @@ def run_probe(model, recipe, device, rank, world, print0):
     layouts.check_splits(train, val)
     check_kind(recipe, val)
     numbers = replace(train, paths=list(range(len(train))))   # a draw is a list of numbers
-    draws = {shots: [layouts._limit(numbers, shots, recipe.seed + i).paths if shots
+    draws = {shots: [layouts.draw_per_class(numbers, shots, recipe.seed + i).paths if shots
                      else numbers.paths for i in range(recipe.seeds)] for shots in recipe.shots}
     used = sorted({i for draw in draws.values() for rows in draw for i in rows})
     samples = replace(train, paths=[train.paths[i] for i in used] + val.paths,

@@ -114,7 +114,7 @@ def find_samples(root, split="train", limit_per_class=0, seed=0):
                          f"{len(paths) - videos} images; put them into separate data folders")
     kind = "video" if videos else "image"
     samples = Samples(kind, paths, labels, classes, ignored, missing, root)
-    return _limit(samples, limit_per_class, seed) if limit_per_class else samples
+    return draw_per_class(samples, limit_per_class, seed) if limit_per_class else samples
 
 
 def _find_folder(root, split):
@@ -274,7 +274,7 @@ def check_splits(train, val):
                          "them out")
 
 
-def _limit(samples, limit, seed):
+def draw_per_class(samples, limit, seed):
     """At most `limit` files of each class, drawn by the seed, in their order."""
     members = {}
     for i, label in enumerate(samples.labels):

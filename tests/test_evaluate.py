@@ -49,7 +49,9 @@ def test_ranks_and_views(clips, finetuned, tmp_path):
                                "--workers", 0, processes=processes)
         assert "videos: 3, clips x crops: 3 x 3" in output
         found[processes] = json.loads((tmp_path / "last_3x3.json").read_text())
-    assert found[1] == found[2] and found[1]["files"] == 3
+    about = [results.pop("about") for results in found.values()]
+    assert found[1] == found[2] and found[1]["files"] == about[0]["files"] == 3
+    assert about[0]["data"] == about[1]["data"] and about[0]["recipe"]["model"] == "mvit_nano"
 
 
 def test_unreadable_video_is_named_not_replaced(evaluated, tmp_path):
