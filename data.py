@@ -348,41 +348,49 @@ def normalize(x, mean, std):
 
 
 def color_stats(samples, count):
-    """(mean, standard deviation) of the colors in [0, 1], two lists of three numbers.
+    """(mean, deviation, smallest side in pixels) of `count` files, spread over the samples.
 
-    Of the middle frame of `count` files, spread over the samples. Unreadable files are left out.
+    Mean and deviation are of the colors in [0, 1], two lists of three numbers, in the middle frame.
+    Unreadable files are left out. Raises ValueError if there is no other.
     """
-    sums = []
+    sums, sides = [], []
     for path in samples.paths[::max(len(samples) // count, 1)][:count]:
         try:
             image = read_image(path) if samples.kind == "image" else read_clip(
                 path, 1, position=0.5, short_side=None)[0].permute(1, 2, 0).numpy()
         except UnreadableFile:
             continue
-        pixels = np.asarray(image).reshape(-1, 3) / 255
+        pixels = np.asarray(image)
+        sides.append(min(pixels.shape[:2]))
+        pixels = pixels.reshape(-1, 3) / 255
         sums.append([pixels.mean(axis=0), np.square(pixels).mean(axis=0)])
     if not sums:
         raise ValueError(f"none of {count} files in {samples.root} can be read")
     mean, square = np.mean(sums, axis=0)
-    return mean.round(3).tolist(), np.sqrt(square - mean ** 2).round(3).tolist()
+    return mean.round(3).tolist(), np.sqrt(square - mean ** 2).round(3).tolist(), min(sides)
 
 
 def stats_flags(mean, std):
     return f"--mean {' '.join(map(str, mean))} --std {' '.join(map(str, std))}"
 
 
-def warn_of_stats(samples, mean, std, count=16):
-    """A line if the colors of `count` files are far from what the recipe expects, else "".
+def notes_on_files(samples, recipe, count=16):
+    """Lines for what in `count` files is far from what the recipe expects.
 
-    Far: the mean is off by more than half a deviation, or the contrast is less than a third.
+    Far: the mean is off by more than half a deviation, the contrast is less than a third, or a file
+    is smaller than image_size.
     """
-    own_mean, own_std = color_stats(samples, count)
-    offset = max(abs(a - b) / s for a, b, s in zip(own_mean, mean, std))
-    contrast = min(a / s for a, s in zip(own_std, std))
-    if offset <= 0.5 and contrast >= 1 / 3:
-        return ""
-    return (f"note: the colors of {samples.root} are far from {stats_flags(mean, std)}; in {count} "
-            f"files: {stats_flags(own_mean, own_std)}")
+    mean, std, side = color_stats(samples, count)
+    notes, size = [], max(recipe.image_size)
+    offset = max(abs(a - b) / s for a, b, s in zip(mean, recipe.mean, recipe.std))
+    if offset > 0.5 or min(a / s for a, s in zip(std, recipe.std)) < 1 / 3:
+        notes.append(f"note: the colors of {samples.root} are far from "
+                     f"{stats_flags(recipe.mean, recipe.std)}; in {count} files: "
+                     f"{stats_flags(mean, std)}")
+    if side < size:
+        notes.append(f"note: {samples.root} has files of {side} pixels on the shorter side, which "
+                     f"are enlarged: --image-size {size} is more than they hold")
+    return notes
 
 
 # --------------------------------------------------------------------------------- views for a test
@@ -779,7 +787,8 @@ def main():
     options = parser.parse_args()
     if options.check:
         sys.exit(check(options.check, options.workers, options.image_size, options.verbose))
-    print(stats_flags(*color_stats(layouts.find_samples(options.stats, "train"), 200)))
+    mean, std, _ = color_stats(layouts.find_samples(options.stats, "train"), 200)
+    print(stats_flags(mean, std))
 
 
 if __name__ == "__main__":

@@ -239,6 +239,8 @@ def train(name, recipe, overrides, rank, world, device):
     val_samples, _ = engine.from_rank0(layouts.find_labeled, recipe.data, "val", classes)
     layouts.check_splits(samples, val_samples)
     models.check_kind(recipe.model, samples)
+    for note in engine.from_rank0(data.notes_on_files, samples, recipe):
+        print0(note)
     recipe, device_batch, accumulate = engine.plan_batch(
         replace(recipe, num_classes=len(classes)), len(samples), world,
         "batch_size" in overrides, print0)

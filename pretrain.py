@@ -174,7 +174,7 @@ def main():
         recipe = replace(recipe, data=synthetic.make_dataset("data/synthetic", print0=print0))
     samples = engine.from_rank0(layouts.find_samples, recipe.data, "train")
     check(recipe, samples)
-    if rank == 0 and (note := data.warn_of_stats(samples, recipe.mean, recipe.std)):
+    for note in engine.from_rank0(data.notes_on_files, samples, recipe):
         print0(note)
     recipe, device_batch, accumulate = engine.plan_batch(
         recipe, len(samples), world, "batch_size" in overrides, print0)

@@ -1,5 +1,7 @@
 """data.py: crops, samples, batches, loaders and their faults, views for a test, --check."""
+import functools
 import hashlib
+import math
 import multiprocessing
 import os
 import random
@@ -8,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from test_video import cut_off, expected_numbers, read_numbers, write_video
 
 import data
 import layouts
+import masking
 import video
 
 # ------------------------------------------------------------------------------------------- crops
@@ -250,6 +254,20 @@ def test_workers_and_resuming_change_no_sample(clip_set):
         "broken" in clip_set.paths[index] for batch in whole for index in batch["index"])
 
 
+@pytest.mark.slow
+def test_workers_where_there_is_no_fork(clip_set, monkeypatch):
+    """As on Windows, which has neither fork nor the module resource."""
+    monkeypatch.setattr(data.multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    monkeypatch.setitem(sys.modules, "resource", None)
+    mask = functools.partial(masking.draw_mask, "tube", (2, 4, 5), 0.4, frame_runs=True)
+    items = data.PretrainDataset(clip_set, (32, 40), 4, 2, mask)
+    batches = data.EpochBatches(len(clip_set), 4, 1, 3)
+    for one, two in zip(*(data.make_loader(items, batches, workers) for workers in (0, 1)),
+                        strict=True):
+        assert_same(one, two)
+    assert data.video.file_limit() == math.inf
+
+
 def test_batches_of_repeats_are_flat_and_the_same_with_workers(clip_set):
     items = finetune_dataset(clip_set, repeats=2, augment=invert, erase=some_box, segments=True)
     batches = data.EpochBatches(len(clip_set), 3, 2, 3)
@@ -359,13 +377,16 @@ def test_color_stats_and_their_warning(tmp_path):
     (tmp_path / "2.png").write_text("no image")
     samples = layouts.Samples("image", [str(tmp_path / f"{i}.png") for i in range(3)], [0] * 3, [],
                               root=str(tmp_path))
-    mean, std = data.color_stats(samples, 3)             # 20 of 255 about each mean
-    assert mean == [0.078, 0.275, 0.471] and std == [0.078] * 3
-    assert data.warn_of_stats(samples, mean, std) == ""
-    assert data.warn_of_stats(samples, [m + 0.03 for m in mean], [2.9 * s for s in std]) == ""
+    mean, std, side = data.color_stats(samples, 3)       # 20 of 255 about each mean
+    assert mean == [0.078, 0.275, 0.471] and std == [0.078] * 3 and side == 8
+    notes = lambda mean, std, size=8: data.notes_on_files(
+        samples, SimpleNamespace(mean=mean, std=std, image_size=(size, size)), 3)
+    assert notes(mean, std) == notes([m + 0.03 for m in mean], [2.9 * s for s in std]) == []
     for wrong in (([m + 0.05 for m in mean], std), (mean, [3.1 * s for s in std])):
-        warning = data.warn_of_stats(samples, *wrong)
-        assert "--mean 0.078 0.275 0.471 --std 0.078 0.078 0.078" in warning
+        note, = notes(*wrong)
+        assert "--mean 0.078 0.275 0.471 --std 0.078 0.078 0.078" in note
+    note, = notes(mean, std, 9)
+    assert "files of 8 pixels" in note and "--image-size 9" in note
     samples = layouts.Samples("image", samples.paths[2:], [0], [], root=str(tmp_path))
     with pytest.raises(ValueError, match="can be read"):
         data.color_stats(samples, 3)
