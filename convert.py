@@ -188,8 +188,9 @@ def load_weights(model, path, verbose=True):
         hint, (kind, expand), (own_kind, own_expand) = "", signature(state), signature(places)
         which = ""
         if kind != own_kind:
-            which = " and not ".join(KINDS.get(k, "one of other sizes") for k in (kind, own_kind))
-            which = f", {which}"
+            name, own_name = (KINDS.get(k, "one of other sizes") for k in (kind, own_kind))
+            which = f", {name} and not {own_name}"
+            hint = f"; use --model {name}" if kind in KINDS else ""
         if kind == own_kind and expand != own_expand:
             pool = foreign_recipe(checkpoint)["pool"]
             hint = f'; use expand="{expand}", pool="{pool}" (--expand {expand} --pool {pool})'

@@ -8,13 +8,17 @@ import json
 import math
 import os
 
-import numpy as np
 import torch
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
 MAX_HEADER = 100_000_000  # bytes, as in the original
+
+
+def as_bytes(tensor):
+    """The memory of a tensor as a NumPy array, of a copy if the tensor is not contiguous."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def read_safetensors(path):
@@ -34,8 +38,8 @@ def read_safetensors(path):
             if offsets != [begin, end] or not begin <= end <= size - 8 - length:
                 raise ValueError(f"{name}, {dtype} of shape {shape}, cannot be at {offsets} of "
                                  f"{size - 8 - length} bytes")
-            numbers = torch.from_numpy(np.fromfile(f, np.uint8, end - begin))
-            tensors[name] = numbers.view(DTYPES[dtype]).reshape(shape)
+            tensors[name] = torch.empty(shape, dtype=DTYPES[dtype])
+            f.readinto(as_bytes(tensors[name]))
     return tensors
 
 
@@ -52,4 +56,4 @@ def write_safetensors(path, tensors):
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            f.write(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+            f.write(as_bytes(tensor.detach().cpu()))

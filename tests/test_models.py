@@ -42,3 +42,17 @@ def test_build_classifier():
         classifier("vit_tiny", image_size=(64, 60))
     with pytest.raises(ValueError, match="model='resnet'.*mvitv2_s"):
         classifier("resnet")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, shape", [("mvit_nano", (3, 4, 64, 64)), ("vit_tiny", (3, 64, 64))])
+def test_export_with_a_free_batch_size(name, shape):
+    """torch.export of a graph for two samples computes the same for one and for three."""
+    torch.manual_seed(0)
+    model = classifier(name).eval()
+    sizes = ({0: torch.export.Dim("batch", max=64)},)
+    program = torch.export.export(model, (torch.randn(2, *shape),), dynamic_shapes=sizes,
+                                  strict=True)  # else len() of a tensor fixes the batch size
+    for batch in (1, 3):
+        x = torch.randn(batch, *shape)
+        torch.testing.assert_close(program.module()(x), model(x))
