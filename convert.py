@@ -2,7 +2,7 @@
 
     python convert.py MVITv2_S_MaskFeat_PT.pyth out/released.pt    # theirs -> ours
     python convert.py out/finetune/last.pt mvit.pyth --to release  # ours -> release (or timm)
-    python convert.py out/finetune/last.pt vit/ --to hub           # ours -> a folder for timm
+    python convert.py out/vit/last.pt vit/ --to hub                # ours -> a folder for timm
 
 Formats are recognized by the names of the tensors: ours; the official release (SlowFast `.pyth`:
 MaskFeat, supervised MViTv2); torchvision's ViT and `mvit_v2_s`; OpenMMLab's ViT and MViTv2, also of
@@ -36,9 +36,9 @@ FORMATS = {
         ("conv_proj.", "patch_embed.proj."), ("pos_encoding.class_token", "cls_token"),
         ("class_token", "cls_token"), ("encoder.pos_embedding", "pos_embed"),
         ("encoder.ln.", "norm."), ("heads.head.", "head."), ("ln_1.", "norm1."),
-        ("ln_2.", "norm2."), ("self_attention.in_proj_", "attn.qkv."),  # q, k, v, as in timm
-        ("self_attention.out_proj.", "attn.proj."), ("mlp.linear_1.", "mlp.fc1."),  # linear_: old
-        ("mlp.linear_2.", "mlp.fc2."),
+        ("ln_2.", "norm2."), ("self_attention.in_proj_", "attn.qkv."),  # q, k, v as ours
+        ("self_attention.out_proj.", "attn.proj."),
+        ("mlp.linear_1.", "mlp.fc1."), ("mlp.linear_2.", "mlp.fc2."),  # in old files
         ("attn.project.0.", "attn.proj."), ("project.", "proj."),
         *((f"attn.pool_{x}.pool.", f"attn.pool_{x}.") for x in "qkv"),
         *((f"attn.pool_{x}.norm_act.0.", f"attn.norm_{x}.") for x in "qkv"),
@@ -59,7 +59,7 @@ FORMATS = {
         ("pred_head.transforms.0.0.", "maskfeat.norm."),
         ("pred_head.projections.0.", "maskfeat.head.")]),
     "timm": (r"^blocks\.\d+\.attn\.qkv\.", [("fc_norm.", "norm.")])}
-BLOCK = r"^(encoder\.layers\.encoder_layer_|backbone\.layers\.)(?=\d)"  # of other ViTs, "blocks."
+BLOCKS = r"^(encoder\.layers\.encoder_layer_|backbone\.layers\.)(?=\d)"  # ours: "blocks."
 
 # (axes of the stem's kernel, width, depth) -> model
 KINDS = {(5, 32, 3): "mvit_nano", (5, 64, 3): "mvit_tiny", (5, 96, 16): "mvitv2_s",
@@ -71,7 +71,8 @@ TIMM = {"vit_tiny": ("vit_tiny_patch16_224", dict(embed_dim=128, depth=6, num_he
 
 
 def unknown_format(names):
-    return ValueError(f"a checkpoint of an unknown format: names such as "
+    """The error for a file of these names of tensors."""
+    return ValueError("a checkpoint of an unknown format: names such as "
                       f"{', '.join(map(str, names))[:80]}; give one of {', '.join(FORMATS)}")
 
 
@@ -102,10 +103,10 @@ def rename(form, state, back=False):
     if back:
         table = [(ours, theirs) for theirs, ours in reversed(table) if ours is not None]
     for name in state:
-        in_block = re.sub(BLOCK, "blocks.", name)
-        old, by = next((row for row in table if "." + row[0] in "." + in_block), ("", ""))
+        dotted = "." + re.sub(BLOCKS, "blocks.", name)
+        old, by = next((row for row in table if "." + row[0] in dotted), ("", ""))
         if by is not None:
-            new = ("." + in_block).replace("." + old, "." + by, 1)[1:]
+            new = dotted.replace("." + old, "." + by, 1)[1:]
             if new in origin:
                 raise ValueError(f"{name} and {origin[new]} both mean {new}: not one model's file")
             origin[new] = name
@@ -226,9 +227,10 @@ def foreign_recipe(checkpoint):
     tables += [f"blocks.{kind[2] - 1}.attn.rel_pos_h"] * video
     if missing := [table for table in tables if table not in state]:
         raise ValueError(f"{form} checkpoint of {name} lacks {missing[0]}")
-    # The release's supervised models expand in the attention and have no mean pooling.
-    signs = ("fc_norm.weight", "backbone.ln2.weight", "backbone.mask_token")
-    pooled = any(sign in found for sign in signs) or form in ("ours", "release") and expand == "mlp"
+    # Mean pooling: fine-tuned MAE, OpenMMLab's ViTs that pool, OpenMMLab's MaskFeat. The release's
+    # supervised models, which expand in the attention, have none.
+    signs = {"fc_norm.weight", "backbone.ln2.weight", "backbone.mask_token"}
+    pooled = signs & set(found) or form in ("ours", "release") and expand == "mlp"
     recipe = dict(model=name, num_classes=len(state.get("head.weight", ())), num_frames=16,
                   sampling_rate=4, crop_ratio=0.875, patch_size=16, output_stride=16, drop_path=0.0,
                   checkpointing=False, expand=expand, pool="mean" if pooled else "cls")

@@ -40,6 +40,8 @@ def read_safetensors(path):
                                  f"{size - 8 - length} bytes")
             tensors[name] = torch.empty(shape, dtype=DTYPES[dtype])
             f.readinto(as_bytes(tensors[name]))
+        if f.read(1):
+            raise ValueError(f"more than the {end} bytes of its tensors")
     return tensors
 
 

@@ -571,8 +571,9 @@ def test_damaged_safetensors_are_refused(old, new, word, tmp_path):
 
 @pytest.mark.parametrize("content", [
     b"", b"123", struct.pack("<Q", 2 ** 63) + b"{}", struct.pack("<Q", 10) + b"{}",
-    struct.pack("<Q", len(ENTRY)) + ENTRY.encode() + bytes(7)])
-def test_short_safetensors_are_refused(content, tmp_path):
+    struct.pack("<Q", len(ENTRY)) + ENTRY.encode() + bytes(7),
+    struct.pack("<Q", len(ENTRY)) + ENTRY.encode() + bytes(9)])
+def test_safetensors_of_a_wrong_length_are_refused(content, tmp_path):
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="a.safetensors is damaged"):
         read_checkpoint(str(tmp_path / "a.safetensors"))
