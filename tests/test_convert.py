@@ -559,24 +559,17 @@ def test_safetensors_of_the_original(tmp_path):
 @pytest.mark.parametrize("old, new, word", [
     ("F32", "F4", "F4"), ("[2]", "[3]", "cannot be"), ("[0, 8]", "[8, 16]", "cannot be"),
     ("[0, 8]", "[0, 4]", "cannot be"), ("[2]", "[-1, -2]", "negative"), ("[2]", '"ab"', ""),
-    ('"shape": [2], ', "", "shape"), (ENTRY, "[1]", ""), (ENTRY, "[" * 9999, ""),
-    ("{", "{{", ""), ("[2]", "[1000000000000]", "cannot be"), (ENTRY, "", ""),
+    ('"shape": [2], ', "", "shape"), (ENTRY, "[1]", ""), (ENTRY, "[" * 9999, ""), ("{", "{{", ""),
+    ("[2]", "[1000000000000]", "cannot be"), (ENTRY, "", ""), (ENTRY, "{}", "more than the 0"),
     ("}}", '}, "b": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}}', "cannot be")])
 def test_damaged_safetensors_are_refused(old, new, word, tmp_path):
     path, header = tmp_path / "a.safetensors", ENTRY.replace(old, new, 1).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
-    with pytest.raises(ValueError, match=f"a.safetensors is damaged.*{word}"):
-        read_checkpoint(str(path))
-
-
-@pytest.mark.parametrize("content", [
-    b"", b"123", struct.pack("<Q", 2 ** 63) + b"{}", struct.pack("<Q", 10) + b"{}",
-    struct.pack("<Q", len(ENTRY)) + ENTRY.encode() + bytes(7),
-    struct.pack("<Q", len(ENTRY)) + ENTRY.encode() + bytes(9)])
-def test_safetensors_of_a_wrong_length_are_refused(content, tmp_path):
-    (tmp_path / "a.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="a.safetensors is damaged"):
-        read_checkpoint(str(tmp_path / "a.safetensors"))
+    whole = struct.pack("<Q", len(header)) + header + bytes(8)
+    for content in whole, whole[:-1], whole[:9], whole[:3], struct.pack("<Q", 2 ** 63) + b"{}":
+        path.write_bytes(content)
+        reason = word if content is whole else ""
+        with pytest.raises(ValueError, match=f"a.safetensors is damaged.*{reason}"):
+            read_checkpoint(str(path))
 
 
 @pytest.mark.parametrize("stage, changes, options", [
