@@ -2,14 +2,17 @@
 
     python convert.py MVITv2_S_MaskFeat_PT.pyth out/released.pt    # theirs -> ours
     python convert.py out/finetune/last.pt mvit.pyth --to release  # ours -> release (or timm)
+    python convert.py out/vit/last.pt vit/ --to hub                # ours -> a folder for timm
 
 Formats are recognized by the names of the tensors: ours; the official release (SlowFast `.pyth`:
-MaskFeat, supervised MViTv2); torchvision's `mvit_v2_s`; ViT of timm, DeiT, DINO and MAE.
+MaskFeat, supervised MViTv2); torchvision's ViT and `mvit_v2_s`; OpenMMLab's ViT and MViTv2, also of
+their MaskFeat; ViT of timm, DeiT, DINO and MAE.
 """
 import json
 import math
 import os
 import re
+import shutil
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from engine import read_checkpoint, run_main, save_checkpoint
@@ -18,19 +21,37 @@ import torch
 import torch.nn.functional as F
 
 from models import build_classifier, build_maskfeat, takes_clips
+from safetensors_file import write_safetensors
 from teachers import IMAGENET, KINETICS
 
 # Format: (pattern of names that no format below has, rows of a fragment of their and of our names).
 # The first row found at the start of a name or after a dot counts. None drops the tensor. Our names
 # are those of the models, with one name for heads and "maskfeat." before what pre-training adds.
+# Sources: torchvision/models/{vision_transformer,video/mvit}.py; mmpretrain/models/backbones/
+# vision_transformer.py, heads/{linear_head,vision_transformer_head}.py, necks/linear_neck.py;
+# mmaction/models/backbones/mvit.py, heads/mvit_head.py.
 FORMATS = {
-    "ours": (r"^encoder\.", [("head.projection.", "head.")]),
-    "torchvision": (r"\.pool_[qkv]\.pool\.", [
+    "ours": (r"^encoder\.cls_token$", [("head.projection.", "head.")]),
+    "torchvision": (r"\.pool_[qkv]\.pool\.|^encoder\.layers\.encoder_layer_", [
         ("conv_proj.", "patch_embed.proj."), ("pos_encoding.class_token", "cls_token"),
+        ("class_token", "cls_token"), ("encoder.pos_embedding", "pos_embed"),
+        ("encoder.ln.", "norm."), ("heads.head.", "head."), ("ln_1.", "norm1."),
+        ("ln_2.", "norm2."), ("self_attention.in_proj_", "attn.qkv."),  # q, k, v as ours
+        ("self_attention.out_proj.", "attn.proj."),
+        ("mlp.linear_1.", "mlp.fc1."), ("mlp.linear_2.", "mlp.fc2."),  # in old files
         ("attn.project.0.", "attn.proj."), ("project.", "proj."),
         *((f"attn.pool_{x}.pool.", f"attn.pool_{x}.") for x in "qkv"),
         *((f"attn.pool_{x}.norm_act.0.", f"attn.norm_{x}.") for x in "qkv"),
         ("mlp.0.", "mlp.fc1."), ("mlp.3.", "mlp.fc2."), ("head.1.", "head.")]),
+    # Of pre-training, the encoder: their HOG has a Gaussian window, so their head is for another
+    # target. ln2 is the norm after mean pooling, norm2 and norm3 are MViT's last one.
+    "OpenMMLab": (r"^backbone\.patch_embed\.projection\.", [
+        ("neck.", None), ("target_generator.", None), ("backbone.mask_token", None),
+        ("backbone.patch_embed.projection.", "patch_embed.proj."),
+        *((f"backbone.{norm}.", "norm.") for norm in ("ln1", "ln2", "norm2", "norm3")),
+        ("head.fc.", "head."), ("head.layers.head.", "head."), ("cls_head.fc_cls.", "head."),
+        ("ln1.", "norm1."), ("ln2.", "norm2."), ("ffn.layers.0.0.", "mlp.fc1."),
+        ("ffn.layers.1.", "mlp.fc2."), ("backbone.", "")]),
     "DINO": (r"^backbone\.", [("backbone.", ""), ("head.", None)]),  # its head is no classifier
     "MAE": (r"^decoder_", [("decoder_", None), ("mask_token", None)]),
     "release": (r"\.pool_[qkv]\.|^pred_head\.|^head\.projection\.", [
@@ -38,16 +59,27 @@ FORMATS = {
         ("pred_head.transforms.0.0.", "maskfeat.norm."),
         ("pred_head.projections.0.", "maskfeat.head.")]),
     "timm": (r"^blocks\.\d+\.attn\.qkv\.", [("fc_norm.", "norm.")])}
+BLOCKS = r"^(encoder\.layers\.encoder_layer_|backbone\.layers\.)(?=\d)"  # ours: "blocks."
 
 # (axes of the stem's kernel, width, depth) -> model
 KINDS = {(5, 32, 3): "mvit_nano", (5, 64, 3): "mvit_tiny", (5, 96, 16): "mvitv2_s",
          (5, 96, 24): "mvitv2_b", (5, 144, 48): "mvitv2_l", (4, 128, 6): "vit_tiny",
          (4, 768, 12): "vit_b", (4, 1024, 24): "vit_l"}
+# Model -> timm's model and the options that make it ours
+TIMM = {"vit_tiny": ("vit_tiny_patch16_224", dict(embed_dim=128, depth=6, num_heads=4)),
+        "vit_b": ("vit_base_patch16_224", {}), "vit_l": ("vit_large_patch16_224", {})}
+
+
+def unknown_format(names):
+    """The error for a file of these names of tensors."""
+    return ValueError("a checkpoint of an unknown format: names such as "
+                      f"{', '.join(map(str, names))[:80]}; give one of {', '.join(FORMATS)}")
 
 
 def recognize(checkpoint):
     """(format, state dict) of a checkpoint or a bare state dict. Names lose what DDP, torch.compile
     and Lightning put before them. Averaged weights count where there are no others."""
+    names = []
     for key in ("model_state", "model", "teacher", "student", "state_dict", "state_dict_ema",
                 "model_ema", None):
         state = checkpoint if key is None else checkpoint.get(key)
@@ -59,7 +91,8 @@ def recognize(checkpoint):
             for form, (sign, _) in FORMATS.items():
                 if any(re.search(sign, name) for name in state):
                     return form, state
-    raise ValueError(f"no known format ({', '.join(FORMATS)}): keys {list(checkpoint)[:8]}")
+            names = names or list(state)
+    raise unknown_format(names or list(checkpoint))
 
 
 def rename(form, state, back=False):
@@ -70,9 +103,10 @@ def rename(form, state, back=False):
     if back:
         table = [(ours, theirs) for theirs, ours in reversed(table) if ours is not None]
     for name in state:
-        old, by = next((row for row in table if "." + row[0] in "." + name), ("", ""))
+        dotted = "." + re.sub(BLOCKS, "blocks.", name)
+        old, by = next((row for row in table if "." + row[0] in dotted), ("", ""))
         if by is not None:
-            new = ("." + name).replace("." + old, "." + by, 1)[1:]
+            new = dotted.replace("." + old, "." + by, 1)[1:]
             if new in origin:
                 raise ValueError(f"{name} and {origin[new]} both mean {new}: not one model's file")
             origin[new] = name
@@ -153,13 +187,18 @@ def load_weights(model, path, verbose=True):
             wrong.append(f"{old} {shape} -> {tuple(own[name].shape)}")
     if wrong:
         hint, (kind, expand), (own_kind, own_expand) = "", signature(state), signature(places)
+        which = ""
+        if kind != own_kind:
+            name, own_name = (KINDS.get(k, "one of other sizes") for k in (kind, own_kind))
+            which = f", {name} and not {own_name}"
+            hint = f"; use --model {name}" if kind in KINDS else ""
         if kind == own_kind and expand != own_expand:
             pool = foreign_recipe(checkpoint)["pool"]
             hint = f'; use expand="{expand}", pool="{pool}" (--expand {expand} --pool {pool})'
             if any(name.startswith("maskfeat.") for name in places):  # pre-training does not pool
                 hint = f'; use expand="{expand}" (--expand {expand})'
-        raise ValueError(f"{path} ({form}) is a checkpoint of another model: {len(wrong)} tensors "
-                         f"do not fit, such as {'; '.join(wrong[:3])}{hint}")
+        raise ValueError(f"{path} ({form}) is a checkpoint of another model{which}: {len(wrong)} "
+                         f"tensors do not fit, such as {'; '.join(wrong[:3])}{hint}")
     model.load_state_dict(own)
     if verbose:
         print(f"{path} ({form}):", ", ".join(f"{len(v)} {what}" for what, v in report.items()))
@@ -180,8 +219,7 @@ def foreign_recipe(checkpoint):
     state, _ = rename(form, found)
     kind, expand = signature(state)
     if "patch_embed.proj.weight" not in state:
-        raise ValueError(f"a checkpoint of an unknown format: names such as {', '.join(found)[:80]}"
-                         f"; known are {', '.join(FORMATS)}")
+        raise unknown_format(found)
     if kind not in KINDS:
         raise ValueError(f"{form} checkpoint of no known model: {kind} is not in {KINDS}")
     name, video = KINDS[kind], takes_clips(KINDS[kind])
@@ -189,8 +227,10 @@ def foreign_recipe(checkpoint):
     tables += [f"blocks.{kind[2] - 1}.attn.rel_pos_h"] * video
     if missing := [table for table in tables if table not in state]:
         raise ValueError(f"{form} checkpoint of {name} lacks {missing[0]}")
-    # The release's supervised models expand in the attention and have no mean pooling.
-    pooled = "fc_norm.weight" in found or form in ("ours", "release") and expand == "mlp"
+    # Mean pooling: fine-tuned MAE, OpenMMLab's ViTs that pool, OpenMMLab's MaskFeat. The release's
+    # supervised models, which expand in the attention, have none.
+    signs = {"fc_norm.weight", "backbone.ln2.weight", "backbone.mask_token"}
+    pooled = signs & set(found) or form in ("ours", "release") and expand == "mlp"
     recipe = dict(model=name, num_classes=len(state.get("head.weight", ())), num_frames=16,
                   sampling_rate=4, crop_ratio=0.875, patch_size=16, output_stride=16, drop_path=0.0,
                   checkpointing=False, expand=expand, pool="mean" if pooled else "cls")
@@ -235,19 +275,49 @@ def export(checkpoint, to):
     return dict(epoch=0, model_state=state, optimizer_state={}, cfg=cfg.replace('"', "")), []
 
 
+def save_folder(folder, state, recipe, classes):
+    """A folder for timm.create_model("local-dir:FOLDER", pretrained=True), complete or not there.
+
+    state: of export(..., "timm"). classes: names of the classes, or empty.
+    """
+    architecture, options = TIMM[recipe["model"]]
+    size, count = list(recipe["image_size"]), recipe.get("num_classes", 0)
+    options = {**options, "img_size": size, "patch_size": recipe["patch_size"],
+               "global_pool": "avg" if recipe["pool"] == "mean" else "token",
+               "final_norm": count > 0}  # a trunk ends without one
+    config = {"architecture": architecture, "num_classes": count, "model_args": options,
+              "pretrained_cfg": {"input_size": [3, *size], "mean": recipe["mean"],
+                                 "std": recipe["std"], "crop_pct": recipe.get("crop_ratio", 0.875),
+                                 "interpolation": "bicubic", "fixed_input_size": True,
+                                 "first_conv": "patch_embed.proj", "classifier": "head"}}
+    if classes:
+        config["label_names"] = classes
+    beside = folder + ".tmp"                  # what a kill leaves, the next save replaces
+    os.makedirs(beside, exist_ok=True)
+    try:
+        write_safetensors(os.path.join(beside, "model.safetensors"), state)
+        with open(os.path.join(beside, "config.json"), "w") as f:
+            json.dump(config, f, indent=2)
+        os.rename(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("destination")
-    parser.add_argument("--to", choices=("release", "timm"), help="layout; default: timm for ViT")
+    parser.add_argument("--to", choices=("release", "timm", "hub"),
+                        help="layout; default: timm for ViT, release for MViT")
     args = parser.parse_args()
-    if os.path.exists(args.destination):
-        raise ValueError(f"{args.destination} exists: choose another name")
+    destination = os.path.normpath(args.destination)
+    if os.path.exists(destination):
+        raise ValueError(f"{destination} exists: choose another name")
     checkpoint = read_checkpoint(args.source)
     form, recipe = recognize(checkpoint)[0], foreign_recipe(checkpoint)
     if form == "ours":
         to = args.to or ("release" if takes_clips(recipe["model"]) else "timm")
-        result, left_out = export(checkpoint, to)
+        result, left_out = export(checkpoint, "timm" if to == "hub" else to)
         print(f"{args.source} (ours) to {to}: {len(left_out)} left out", *left_out)
     elif args.to:
         raise ValueError(f"{args.source} ({form}) is not ours: convert it without --to first")
@@ -257,9 +327,12 @@ def main():
         if differs := report["fresh"] + report["resized"]:
             raise ValueError(f"{args.source} is like {recipe['model']}, but not it: {differs[:3]}")
         result = {"model": model.state_dict(), "recipe": recipe}
-    os.makedirs(os.path.dirname(args.destination) or ".", exist_ok=True)
-    save_checkpoint(args.destination, result)
-    print(f"wrote {args.destination}: {recipe['model']}")
+    os.makedirs(os.path.dirname(destination) or ".", exist_ok=True)
+    if args.to == "hub":
+        save_folder(destination, result, recipe, list(checkpoint.get("classes", [])))
+    else:
+        save_checkpoint(destination, result)
+    print(f"wrote {destination}: {recipe['model']}")
 
 
 if __name__ == "__main__":

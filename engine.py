@@ -35,6 +35,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from safetensors_file import read_safetensors
+
 MAX_SKIPPED_SHARE = 0.1
 NUMBER = np.float64(0).__reduce__()[0]  # makes a NumPy number, under two names by its version
 SAFE_TYPES = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
@@ -314,7 +316,8 @@ def read_checkpoint(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         with torch.serialization.safe_globals(SAFE_TYPES):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = (read_safetensors(path) if path.endswith(".safetensors") else
+                          torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:                # zip, pickle, EOF, OS: all mean the same
         lines = str(error).strip().splitlines() or [type(error).__name__]
         telling = [line for line in lines if "WeightsUnpickler" in line or "nsupported" in line]

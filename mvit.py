@@ -294,7 +294,8 @@ class MViT(nn.Module):
 
     def encode(self, tokens, thw):
         """Stem tokens (B, N, D) on a grid -> (B, 1 + N', D'), class token first, and its grid."""
-        x = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
+        cls_token = self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+        x = torch.cat([cls_token, tokens], dim=1)
         for block in self.blocks:
             if self.checkpointing and self.training:
                 # Only tensors pass through: at the grid, torch 2.6 would break a compiled graph.

@@ -145,7 +145,8 @@ class ViT(nn.Module):
 
     def encode(self, tokens, grid):
         """Patch tokens (B, N, D) -> (B, 1 + N, D), the class token first, and the same grid."""
-        x = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
+        cls_token = self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+        x = torch.cat([cls_token, tokens], dim=1)
         x = x + self.positions(grid)                              # also at masked tokens (Sec. 2.1)
         for block in self.blocks:
             if self.checkpointing and self.training:

@@ -3,12 +3,15 @@ import argparse
 import json
 import os
 import pickle
+import re
+import struct
 import sys
 
 from engine import read_checkpoint, save_checkpoint
 
 import numpy as np
 import pytest
+import runs
 import torch
 import torch.nn.functional as F
 from conftest import GOLDEN
@@ -18,6 +21,7 @@ import convert
 import mvit
 from convert import export, foreign_recipe, load_weights, recognize, rename
 from models import build_classifier, build_maskfeat
+from safetensors_file import read_safetensors, write_safetensors
 from vit import ViT
 
 SHARED = dict(patch_size=8, expand="mlp", drop_path=0.0, checkpointing=False, num_frames=4,
@@ -75,6 +79,27 @@ def torchvision_layout(dim, heads, stages, kv, frames, side, classes):
     return shapes | affine("norm", c) | affine("head.1", classes, c)
 
 
+# timm's names -> torchvision's and OpenMMLab's for a ViT, read from their model files
+TORCHVISION = {
+    r"^cls_token": "class_token", r"^patch_embed\.proj": "conv_proj", r"^norm": "encoder.ln",
+    r"^pos_embed": "encoder.pos_embedding", r"^blocks\.": "encoder.layers.encoder_layer_",
+    r"\.norm(\d)": r".ln_\1", r"attn\.qkv\.": "self_attention.in_proj_", r"^head": "heads.head",
+    r"attn\.proj": "self_attention.out_proj", r"mlp\.fc1": "mlp.0", r"mlp\.fc2": "mlp.3"}
+OPENMMLAB = {
+    r"^(?!head)": "backbone.", r"patch_embed\.proj": "patch_embed.projection",
+    r"\.blocks": ".layers", r"\.norm(\d)": r".ln\1", r"^backbone\.norm": "backbone.ln1",
+    r"mlp\.fc1": "ffn.layers.0.0", r"mlp\.fc2": "ffn.layers.1", r"^head": "head.layers.head"}
+
+
+def renamed(state, rules):
+    """A state dict with its names rewritten by regular expressions, one after the other."""
+    def new(name):
+        for pattern, by in rules.items():
+            name = re.sub(pattern, by, name)
+        return name
+    return {new(name): value for name, value in state.items()}
+
+
 def golden_layout(name):
     keys = json.loads((GOLDEN / f"keys_{name}.json").read_text())["state_dict"]
     return {key: tuple(shape) for key, shape in keys}
@@ -116,10 +141,27 @@ def vit(*arguments, **changes):
 
 # MAE in pre-training: the encoder, and a decoder of its own width with the mask token
 MAE = {**vit_layout(*TINY), **vit_layout(64, 2, 8, 64, prefix="decoder_"), "mask_token": (1, 1, 64)}
+# OpenMMLab's MaskFeat: a linear layer, with batch norm in newer versions, predicts HOG
+NECK = {**affine("neck.fc", 108, 128), **affine("neck.norm", 108),
+        "target_generator.weight_x": (3, 1, 3, 3), "target_generator.gaussian_kernel": (16, 16)}
 # Format -> checkpoint, and what foreign_recipe must see in it. The name starts with the format.
 FOREIGN = {
     "torchvision": (lambda: filled(torchvision_layout(64, 2, (1, 2), 4, 4, 64, 7)), dict(
         model="mvit_tiny", num_classes=7, num_frames=4, expand="attn", pool="cls")),
+    "torchvision, ViT": (lambda: renamed(vit(7), TORCHVISION), dict(num_classes=7, pool="cls")),
+    "torchvision, old ViT": (lambda: renamed(vit(7), {
+        **TORCHVISION, r"mlp\.0": "mlp.linear_1", r"mlp\.3": "mlp.linear_2"}), dict(pool="cls")),
+    "OpenMMLab, ViT": (lambda: {"state_dict": renamed(vit(7), OPENMMLAB)}, dict(pool="cls")),
+    "OpenMMLab, fine-tuned": (lambda: renamed(vit(7), {
+        **OPENMMLAB, r"backbone\.ln1": "backbone.ln2", r"^head.*\.": "head.fc."}),
+        dict(pool="mean")),
+    "OpenMMLab, pre-training": (lambda: {"meta": {"epoch": 3}, "state_dict": {
+        **renamed(vit(), OPENMMLAB), **filled({**NECK, "backbone.mask_token": (1, 1, 128)})}},
+        dict(num_classes=0, pool="mean", std=(0.229, 0.224, 0.225))),
+    "OpenMMLab, MViT": (lambda: renamed(released("mvit_tiny")["model_state"], {
+        r"^": "backbone.", r"patch_embed\.proj": "patch_embed.projection",
+        r"backbone\.norm": "backbone.norm3", r"backbone\.head.projection": "cls_head.fc_cls"}),
+        dict(model="mvit_tiny", pool="cls", expand="mlp", std=(0.225,) * 3)),
     "timm": (lambda: vit(7), dict(model="vit_tiny", pool="cls", std=(0.229, 0.224, 0.225))),
     "timm, DeiT": (lambda: {"model": vit(7)}, dict(num_classes=7)),
     "timm, DDP": (lambda: {"state_dict": vit(7, prefix="module.")}, dict(num_classes=7)),
@@ -143,7 +185,8 @@ def dropped(form, recipe):
     """How names begin that no model of ours has: parts of other methods, the norm of a trunk."""
     trunk = "target" not in recipe and not recipe["num_classes"]
     return ("head.mlp.", "head.last_layer.", "decoder_", *["mask_token"] * (form == "MAE"),
-            *["norm.", "backbone.norm."] * trunk)
+            "neck.", "target_generator.", "backbone.mask_token",
+            *["norm.", "backbone.norm.", "backbone.ln1."] * trunk)
 
 
 @pytest.fixture
@@ -180,7 +223,7 @@ def test_one_missing_or_renamed_tensor_is_refused(form, load):
     checkpoint = FOREIGN[form][0]()
     recipe, state = foreign_recipe(checkpoint), recognize(checkpoint)[1]
     model = build(recipe)
-    optional = ("mask_token", *dropped(form, recipe))
+    optional = ("mask_token", "encoder.cls_token", *dropped(form, recipe))  # it is our sign
     names = [name for name in state if not name.startswith(optional)]
     for name in names[::5] + names[-4:]:  # all kinds of names, norm and head
         missing = {other: tensor for other, tensor in state.items() if other != name}
@@ -188,6 +231,43 @@ def test_one_missing_or_renamed_tensor_is_refused(form, load):
         for changed, words in (missing, "1 tensors"), (renamed, name + "_"):
             with pytest.raises(ValueError, match=f"another model.*{words}"):
                 load(changed, model)
+
+
+def test_vit_of_torchvision_computes_the_same(load):
+    """Each tensor is where torchvision's equation has it: LayerNorm, nn.MultiheadAttention, MLP."""
+    state = renamed(vit(7), TORCHVISION)
+    model = build(foreign_recipe(state)).eval()
+    load(state, model)
+    images = torch.randn(2, 3, 64, 64)
+    x = F.conv2d(images, state["conv_proj.weight"], state["conv_proj.bias"], 8).flatten(2).mT
+    x = torch.cat([state["class_token"].expand(2, 1, 128), x], 1) + state["encoder.pos_embedding"]
+
+    def linear(x, name):
+        return F.linear(x, state[name + ".weight"], state[name + ".bias"])
+
+    def norm(x, name):
+        return F.layer_norm(x, (128,), state[name + ".weight"], state[name + ".bias"], 1e-6)
+
+    for block in (f"encoder.layers.encoder_layer_{i}." for i in range(6)):
+        attention = torch.nn.MultiheadAttention(128, 4, batch_first=True)
+        attention.load_state_dict({name: state[f"{block}self_attention.{name}"]
+                                   for name in attention.state_dict()})
+        y = norm(x, block + "ln_1")
+        x = x + attention(y, y, y, need_weights=False)[0]
+        y = norm(x, block + "ln_2")
+        x = x + linear(F.gelu(linear(y, block + "mlp.0")), block + "mlp.3")
+    torch.testing.assert_close(model(images), linear(norm(x, "encoder.ln")[:, 0], "heads.head"))
+
+
+@pytest.mark.parametrize("form", [form for form in FOREIGN if form.startswith("OpenMMLab, ")])
+def test_tensors_of_openmmlab_get_the_names_of_timm(form):
+    """The values of `vit` and `filled` are those of the same name in timm's or our layout."""
+    checkpoint, state = FOREIGN[form][0](), released("mvit_tiny")["model_state"]
+    if "MViT" not in form:
+        state = vit(0 if "pre" in form else 7)
+    found = rename(*recognize(checkpoint))[0]
+    state = {name.replace("head.projection.", "head."): value for name, value in state.items()}
+    assert found.keys() == state.keys() and all(torch.equal(found[x], state[x]) for x in state)
 
 
 @pytest.mark.parametrize("expand, pool, other", [("mlp", "mean", "attn"), ("attn", "cls", "mlp")])
@@ -362,7 +442,7 @@ def test_damaged_and_hostile_files_are_refused(tmp_path):
     torch.save([1, 2], tmp_path / "list")
     torch.save({"weights": {}}, tmp_path / "unknown")
     for name, words in (("hostile", "damaged"), ("legacy", "damaged"), ("cut", "damaged"),
-                        ("list", "holds a list"), ("unknown", "no known .*format.*weights")):
+                        ("list", "holds a list"), ("unknown", "unknown format.*weights")):
         with pytest.raises(ValueError, match=words):
             load_weights(model, str(tmp_path / name))
     assert not (tmp_path / "made").exists()
@@ -435,9 +515,97 @@ def test_prefixes_and_averaged_weights(prefix, key, tmp_path):
     assert all(torch.equal(x, saved.state_dict()[name]) for name, x in model.state_dict().items())
 
 
-def test_an_unknown_format_is_called_so(tmp_path):
-    """torchvision's ViT has an "encoder." as our pre-training has."""
-    state = {"class_token": torch.zeros(1), "encoder.layers.encoder_layer_0.ln_1.weight":
-             torch.zeros(1)}
-    with pytest.raises(ValueError, match="unknown format: .*encoder_layer_0"):
-        foreign_recipe(state)
+@pytest.mark.parametrize("name", [
+    "vit.encoder.layer.0.attention.attention.query.weight",  # Hugging Face, with and without "vit."
+    "encoder.layer.0.attention.attention.query.weight", "encoder.blocks.0.attn.q_bias",  # VideoMAE
+    "backbone.layers.0.ln1.weight"])
+def test_an_unknown_format_is_called_so(name, tmp_path):
+    for content in {name: torch.zeros(1)}, {"epoch": 1, "model": {name: torch.zeros(1)}}:
+        torch.save(content, tmp_path / "file.pt")
+        with pytest.raises(ValueError, match=f"unknown format: .*{name}.*give one of"):
+            foreign_recipe(read_checkpoint(str(tmp_path / "file.pt")))
+
+
+def test_a_checkpoint_of_another_model_names_both(load):
+    with pytest.raises(ValueError, match="another model, vit_b and not vit_tiny: .*--model vit_b"):
+        load(meta(vit_layout(768, 12, 16, 224, 7)), ours("vit_tiny")[1])
+    with pytest.raises(ValueError, match="another model, one of other sizes and not vit_tiny: "):
+        load(meta(vit_layout(384, 12, 16, 224, 7)), ours("vit_tiny")[1])
+
+
+# ------------------------------------------------------------------------------------- safetensors
+
+# A file that the package `safetensors` 0.8.0 wrote
+REAL = (b'\x90\0\0\0\0\0\0\0{"__metadata__":{"by":"x"},"count":{"dtype":"I64","shape":[],'
+        b'"data_offsets":[0,8]},"half":{"dtype":"BF16","shape":[1,2],"data_offsets":[8,12]}} '
+        b'\x07\0\0\0\0\0\0\0\xc0?\0\xc0')
+ENTRY = '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'
+
+
+def test_safetensors_of_the_original(tmp_path):
+    path = str(tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").write_bytes(REAL)
+    found = read_checkpoint(path)
+    assert found["half"].dtype == torch.bfloat16 and found["half"].tolist() == [[1.5, -2.0]]
+    assert found["count"].dtype == torch.int64 and found["count"].item() == 7
+    tensors = {**found, "turned": torch.arange(6.0).view(2, 3).T, "none": torch.empty(0, 3)}
+    write_safetensors(path, tensors)
+    again = read_safetensors(path)
+    assert again.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(again[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("old, new, word", [
+    ("F32", "F4", "F4"), ("[2]", "[3]", "cannot be"), ("[0, 8]", "[8, 16]", "cannot be"),
+    ("[0, 8]", "[0, 4]", "cannot be"), ("[2]", "[-1, -2]", "negative"), ("[2]", '"ab"', ""),
+    ('"shape": [2], ', "", "shape"), (ENTRY, "[1]", ""), (ENTRY, "[" * 9999, ""), ("{", "{{", ""),
+    ("[2]", "[1000000000000]", "cannot be"), (ENTRY, "", ""), (ENTRY, "{}", "more than the 0"),
+    ("}}", '}, "b": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}}', "cannot be")])
+def test_damaged_safetensors_are_refused(old, new, word, tmp_path):
+    path, header = tmp_path / "a.safetensors", ENTRY.replace(old, new, 1).encode()
+    whole = struct.pack("<Q", len(header)) + header + bytes(8)
+    for content in whole, whole[:-1], whole[:9], whole[:3], struct.pack("<Q", 2 ** 63) + b"{}":
+        path.write_bytes(content)
+        reason = word if content is whole else ""
+        with pytest.raises(ValueError, match=f"a.safetensors is damaged.*{reason}"):
+            read_checkpoint(str(path))
+
+
+@pytest.mark.parametrize("stage, changes, options", [
+    (FINETUNE, {}, dict(global_pool="avg", final_norm=True)),
+    (FINETUNE, dict(pool="cls", image_size=(64, 96)), dict(global_pool="token")),
+    (PRETRAIN, dict(mean=(0.5,) * 3, std=(0.5,) * 3), dict(global_pool="avg", final_norm=False))])
+def test_folder_for_timm(stage, changes, options, tmp_path):
+    """Weights by timm's names, and what timm needs to build the model and to prepare images."""
+    checkpoint, model = ours("vit_tiny", stage, **changes)
+    names = [f"class {i}" for i in range(checkpoint["recipe"].get("num_classes", 0))]
+    save_checkpoint(str(tmp_path / "ours.pt"), {**checkpoint, "classes": names})
+    call(tmp_path / "ours.pt", f"{tmp_path}/hub/", "--to", "hub")
+    assert sorted(os.listdir(tmp_path)) == ["hub", "ours.pt"]
+    state = read_checkpoint(str(tmp_path / "hub/model.safetensors"))
+    want = export(checkpoint, "timm")[0]
+    assert state.keys() == want.keys() and all(torch.equal(state[x], want[x]) for x in want)
+    config, recipe = json.loads((tmp_path / "hub/config.json").read_text()), checkpoint["recipe"]
+    assert config["architecture"] == "vit_tiny_patch16_224" and len(names) == config["num_classes"]
+    assert config.get("label_names", []) == names
+    assert config["model_args"].items() >= dict(
+        options, embed_dim=128, depth=6, num_heads=4, patch_size=8).items()
+    assert config["model_args"]["img_size"] == list(recipe["image_size"])
+    assert config["pretrained_cfg"]["input_size"] == [3, *recipe["image_size"]]
+    assert [config["pretrained_cfg"][key] for key in ("mean", "std")] == [
+        list(recipe[key]) for key in ("mean", "std")]
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    save_checkpoint(str(tmp_path / "ours.pt"), ours("vit_tiny")[0])
+
+    def full(path, tensors):
+        raise OSError("No space left")
+
+    monkeypatch.setattr(convert, "write_safetensors", full)
+    flags = tmp_path / "ours.pt", tmp_path / "hub", "--to", "hub"
+    assert "No space" in runs.refusal(monkeypatch, capsys, "convert", *flags)
+    assert os.listdir(tmp_path) == ["ours.pt"]
+    save_checkpoint(str(tmp_path / "ours.pt"), ours("mvit_tiny")[0])
+    assert "--to release" in runs.refusal(monkeypatch, capsys, "convert", *flags)

@@ -3,6 +3,8 @@ import pytest
 import torch
 
 from models import build_classifier
+from mvit import MViT
+from vit import ViT
 
 RECIPE = dict(num_classes=7, image_size=(64, 64), num_frames=4, patch_size=8, expand="mlp",
               drop_path=0.0, checkpointing=False, pool="mean")
@@ -42,3 +44,16 @@ def test_build_classifier():
         classifier("vit_tiny", image_size=(64, 60))
     with pytest.raises(ValueError, match="model='resnet'.*mvitv2_s"):
         classifier("resnet")
+
+
+@pytest.mark.parametrize("model, shape", [
+    (ViT(16, 1, 2, 7, 32), (3, 32, 32)),
+    pytest.param(MViT(16, 1, (1, 1), 7, 4, 32, 8), (3, 4, 32, 32), marks=pytest.mark.slow)])
+def test_export_with_a_free_batch_size(model, shape):
+    """torch.export of a graph for two samples computes the same for one and for three."""
+    sizes = ({0: torch.export.Dim("batch", max=64)},)
+    program = torch.export.export(model.eval(), (torch.randn(2, *shape),), dynamic_shapes=sizes,
+                                  strict=False)
+    for batch in (1, 3):
+        x = torch.randn(batch, *shape)
+        torch.testing.assert_close(program.module()(x), model(x))
