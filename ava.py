@@ -43,10 +43,10 @@ from tqdm import tqdm
 
 import data
 import layouts
+import models
 import mvit
 import video
 from convert import foreign_recipe, load_weights
-from models import build_classifier
 from tools import synthetic
 from tools.flops import count_flops
 from video import UnreadableFile
@@ -146,10 +146,12 @@ MODEL_FIELDS = ("model", "image_size", "num_frames", "sampling_rate", "expand", 
 def check(recipe):
     """Raise ValueError for flags out of range or in contradiction."""
     engine.check_numbers(
-        recipe, not_negative=("clip_grad", "val_epochs", "warmup_epochs", "movie_start"),
+        recipe, not_negative=("clip_grad", "val_epochs", "warmup_epochs", "warmup_lr", "min_lr",
+                              "weight_decay", "save_minutes", "movie_start"),
         positive=("epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every",
-                  "sampling_rate", "layer_decay"),
-        shares=("drop_path", "dropout", "flip", "box_score"))
+                  "layer_decay"),
+        shares=("flip", "box_score", "beta2"))
+    models.check_sizes(vars(recipe))
     if not max(recipe.image_size) <= recipe.jitter[0] <= recipe.jitter[1]:
         raise ValueError(f"jitter={recipe.jitter} is no range from image_size={recipe.image_size} "
                          "up: set --jitter with --image-size")
@@ -478,7 +480,7 @@ def model_recipe(recipe):
 
 
 def build(recipe):
-    return Detector(build_classifier(model_recipe(recipe)))
+    return Detector(models.build_classifier(model_recipe(recipe)))
 
 
 def start_weights(detector, recipe, print0):
@@ -490,7 +492,9 @@ def start_weights(detector, recipe, print0):
             raise FileNotFoundError(f"there is no {' or '.join(STARTS)}: run pretrain.py first, or "
                                     "give --init CKPT, or --init '' to start from scratch")
     if path:
-        stored = foreign_recipe(engine.read_checkpoint(path))
+        checkpoint = engine.read_checkpoint(path)
+        models.check_checkpoint(path, checkpoint)
+        stored = foreign_recipe(checkpoint)
         for key in ("model", "expand"):
             if stored.get(key, getattr(recipe, key)) != getattr(recipe, key):
                 raise ValueError(f"--init {path} has another {key}: add --{key} {stored[key]}")
@@ -834,7 +838,10 @@ def dry_run(recipe, device, print0):
 
 def load_for_test(recipe, overrides, print0):
     """(recipe, detector) of the checkpoint recipe.eval. Flags that were given come first."""
-    stored = foreign_recipe(engine.read_checkpoint(recipe.eval))
+    checkpoint = engine.read_checkpoint(recipe.eval)
+    models.check_checkpoint(recipe.eval, checkpoint)
+    stored = foreign_recipe(checkpoint)
+    engine.check_stored(recipe.eval, stored, dataclasses.asdict(recipe))
     if stored.get("num_classes") != CLASSES:
         raise ValueError(f"--eval {recipe.eval} has {stored.get('num_classes') or 'no'} classes, "
                          f"not {CLASSES}: use it for --init")

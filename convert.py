@@ -17,7 +17,7 @@ from engine import read_checkpoint, run_main, save_checkpoint
 import torch
 import torch.nn.functional as F
 
-from models import build_classifier, build_maskfeat, takes_clips
+from models import build_classifier, build_maskfeat, check_checkpoint, takes_clips
 from teachers import IMAGENET, KINETICS
 
 # Format: (pattern of names that no format below has, rows of a fragment of their and of our names).
@@ -51,7 +51,8 @@ def recognize(checkpoint):
     for key in ("model_state", "model", "teacher", "student", "state_dict", "state_dict_ema",
                 "model_ema", None):
         state = checkpoint if key is None else checkpoint.get(key)
-        if isinstance(state, dict) and all(torch.is_tensor(value) for value in state.values()):
+        if isinstance(state, dict) and all(isinstance(name, str) and torch.is_tensor(value)
+                                           for name, value in state.items()):
             state = {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): tensor
                      for name, tensor in state.items()}
             if key == "model" and "recipe" in checkpoint:
@@ -59,7 +60,8 @@ def recognize(checkpoint):
             for form, (sign, _) in FORMATS.items():
                 if any(re.search(sign, name) for name in state):
                     return form, state
-    raise ValueError(f"no known format ({', '.join(FORMATS)}): keys {list(checkpoint)[:8]}")
+    raise ValueError(f"no known format ({', '.join(FORMATS)}): keys "
+                     f"{[str(key)[:40] for key in checkpoint if isinstance(key, str)][:8]}")
 
 
 def rename(form, state, back=False):
@@ -119,6 +121,7 @@ def load_weights(model, path, verbose=True):
     norm and mask token may be fresh or left out. Raises ValueError if other tensors do not fit.
     """
     checkpoint, own = read_checkpoint(path), model.state_dict()
+    check_checkpoint(path, checkpoint)
     form, found = recognize(checkpoint)
     state, origin = rename(form, found)
     places, names = rename("ours", own)
@@ -207,13 +210,15 @@ def foreign_recipe(checkpoint):
     if "maskfeat.mask_token" in state:
         recipe.update(target="hog", bins=9, cell=8, norm="l2", color="rgb", gradient="sobel",
                       pixel_norm="dataset", mask="cube" if video else "block", mask_ratio=0.4)
-    cfg = str(checkpoint.get("cfg", ""))
+    cfg = checkpoint.get("cfg")
+    cfg = cfg if isinstance(cfg, str) else ""  # nested lists may print without end
     if match := re.search(r"\bUSE_MEAN_POOLING:\s*(\w+)", cfg):
         recipe["pool"] = "mean" if match[1].lower() == "true" else "cls"
-    for key in ("sampling_rate", "mean", "std"):
+    for key, count in ("sampling_rate", 1), ("mean", 3), ("std", 3):
         if match := re.search(rf"\b{key.upper()}:((?:[\s\[,-]+[\d.]+)+)", cfg):
-            numbers = tuple(map(float, re.findall(r"[\d.]+", match[1])))
-            recipe[key] = int(numbers[0]) if key == "sampling_rate" else numbers
+            numbers = tuple(map(float, re.findall(r"\d{0,9}\.?\d{1,20}", match[1])))
+            if len(numbers) == count:
+                recipe[key] = int(numbers[0]) if count == 1 else numbers
     return recipe
 
 
@@ -244,6 +249,7 @@ def main():
     if os.path.exists(args.destination):
         raise ValueError(f"{args.destination} exists: choose another name")
     checkpoint = read_checkpoint(args.source)
+    check_checkpoint(args.source, checkpoint)
     form, recipe = recognize(checkpoint)[0], foreign_recipe(checkpoint)
     if form == "ours":
         to = args.to or ("release" if takes_clips(recipe["model"]) else "timm")

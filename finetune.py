@@ -181,14 +181,15 @@ def check(recipe, overrides):
     if "color_jitter" in overrides and recipe.color_jitter and recipe.rand_augment:
         raise ValueError("--color-jitter does not go with RandAugment: add --rand-augment ''")
     engine.check_numbers(
-        recipe, shares=("drop_path", "dropout", "smoothing", "flip", "erase", "crop_ratio"),
-        positive=("epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every", "clips",
-                  "sampling_rate", "patch_size", "repeats", "layer_decay", "crop_ratio", "seeds"),
-        not_negative=("num_classes", "clip_grad", "mixup", "cutmix", "val_epochs",
-                      "limit_per_class", "warmup_epochs"))
-    for name in ("drop_path", "dropout", "smoothing"):
-        if getattr(recipe, name) == 1:
-            raise ValueError(f"{name}={getattr(recipe, name)} leaves nothing: use less than 1")
+        recipe, shares=("smoothing", "flip", "erase", "beta2"),
+        positive=("epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every", "repeats",
+                  "layer_decay", "seeds"),
+        not_negative=("clip_grad", "mixup", "cutmix", "val_epochs", "limit_per_class",
+                      "warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "color_jitter",
+                      "save_minutes"))
+    models.check_sizes(vars(recipe))
+    if recipe.smoothing == 1:
+        raise ValueError("smoothing=1.0 leaves nothing: use less than 1")
     if not 0 < recipe.crop_scale[0] <= recipe.crop_scale[1] <= 1:
         raise ValueError(f"crop_scale={recipe.crop_scale} is not an increasing range within (0, 1]:"
                          " use two shares of the area, such as 0.08 1")

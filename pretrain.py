@@ -129,24 +129,23 @@ RUN_FIELDS = {"data", "out", "resume", "device_batch", "amp", "compile", "checkp
               "save_minutes", "log_every", "dry_run"}
 
 
-def check(recipe, samples):
-    """Raise ValueError for flags that contradict each other or the data."""
-    models.check_kind(recipe.model, samples)
-    video = samples.kind == "video"
+def check(recipe):
+    """Raise ValueError for flags out of range or in contradiction."""
+    video = models.takes_clips(recipe.model)
     if video == (recipe.mask == "block"):
         raise ValueError(f"mask={recipe.mask} does not suit {recipe.model}: use --mask "
                          f"{'cube, tube or frame' if video else 'block'}")
     if recipe.target == ("label" if video else "mvit_b"):
-        raise ValueError(f"target={recipe.target} is not for {samples.kind}s: use another "
-                         "--target")
+        raise ValueError(f"target={recipe.target} is not for {recipe.model}: use another --target")
     if recipe.teacher and recipe.target in ("hog", "pixel"):
         raise ValueError(f"--teacher {recipe.teacher}: target={recipe.target} has no teacher, "
                          "choose another --target")
-    engine.check_numbers(recipe, positive=(
-        "epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every", "clip_grad",
-        "sampling_rate", "output_stride", "patch_size", "cell", "bins", "label_classes",
-        "hog_scale"), not_negative=("warmup_epochs", "warmup_lr", "min_lr", "weight_decay"),
-        shares=("drop_path", "flip", "beta2"))
+    engine.check_numbers(
+        recipe, positive=("epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every",
+                          "clip_grad", "output_stride"),
+        not_negative=("warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "save_minutes"),
+        shares=("flip", "beta2"))
+    models.check_sizes(vars(recipe))
     if not 0 < recipe.mask_ratio < 1:
         raise ValueError(f"mask_ratio={recipe.mask_ratio} is not between 0 and 1: the paper's "
                          "is 0.4")
@@ -157,6 +156,7 @@ def check(recipe, samples):
 
 def main():
     name, recipe, overrides = engine.parse_recipe(RECIPES, __doc__)
+    check(recipe)
     rank, world, device = engine.init_distributed()
     print0 = tqdm.write if rank == 0 else lambda line: None
     on_gpu = device.type == "cuda"
@@ -167,7 +167,7 @@ def main():
     if not recipe.data:
         recipe = replace(recipe, data=synthetic.make_dataset("data/synthetic", print0=print0))
     samples = engine.from_rank0(layouts.find_samples, recipe.data, "train")
-    check(recipe, samples)
+    models.check_kind(recipe.model, samples)
     if rank == 0 and (note := data.warn_of_stats(samples, recipe.mean, recipe.std)):
         print0(note)
     recipe, device_batch, accumulate = engine.plan_batch(

@@ -8,7 +8,7 @@ animation (.gif). A class (dVAE, pseudo-labels) has a color, features show princ
 import os
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
-from engine import read_checkpoint, read_log, run_main
+from engine import check_weights, read_checkpoint, read_log, run_main
 
 import numpy as np
 import torch
@@ -19,9 +19,12 @@ import data
 import layouts
 import masking
 from hog import draw_hog, unpatch_hog
-from models import build_maskfeat
+from models import build_maskfeat, check_checkpoint
 
 ROWS = ("masked input", "prediction", "target", "original")
+NEEDED = {"model", "image_size", "num_frames", "sampling_rate", "output_stride", "patch_size",
+          "expand", "drop_path", "checkpointing", "mean", "std", "mask", "mask_ratio", "target",
+          "bins", "cell", "norm", "color", "gradient", "pixel_norm"}  # of a recipe
 GAP, MARGIN, TITLE = 4, 96, 20  # pixels between pictures, left of them and above them
 
 
@@ -170,8 +173,10 @@ def main():
     parser.add_argument("--teacher", help="file of the teacher or folder of the label maps")
     args = parser.parse_args()
     checkpoint = read_checkpoint(args.checkpoint)
-    if "recipe" not in checkpoint or "mask_token" not in checkpoint["model"]:
-        raise ValueError(f"{args.checkpoint} is no pre-training of ours: run convert.py on it")
+    check_checkpoint(args.checkpoint, checkpoint)
+    if lacking := NEEDED - checkpoint.get("recipe", {}).keys():
+        raise ValueError(f"{args.checkpoint} is no pre-training of ours, its recipe lacks "
+                         f"{min(lacking)}: run convert.py on it")
     if args.frames < 1:
         raise ValueError(f"--frames {args.frames}: use 1 or more")
     if missing := [path for path in args.input if not os.path.isfile(path)]:
@@ -179,6 +184,7 @@ def main():
     recipe = checkpoint["recipe"] | ({"teacher": args.teacher} if args.teacher else {})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_maskfeat(recipe).to(device).eval()
+    check_weights(args.checkpoint, checkpoint.get("model"), model)
     model.load_state_dict(checkpoint["model"])
     os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
     written = draw(model, recipe, args.input, args.output, device, args.frames, args.seed)
