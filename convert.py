@@ -100,9 +100,10 @@ def resize_positions(name, tensor, shape, grids):
 
     grids: (h, w) of the table and of the model, for absolute positions. None: unknown.
     """
-    if ".rel_pos_" in name and tensor.shape[1:] == shape[1:]:
+    if ".rel_pos_" in name and tensor.shape[1:] == shape[1:] and tensor.numel():
         return F.interpolate(tensor.T[None].float(), size=shape[0], mode="linear")[0].T
-    if name == "pos_embed" and tensor.shape[2:] == shape[2:] and None not in grids:
+    if name == "pos_embed" and tensor.shape[2:] == shape[2:] and None not in grids \
+            and tensor.shape[1] == 1 + math.prod(grids[0]):
         table = tensor[:, 1:].mT.unflatten(2, grids[0]).float()
         table = F.interpolate(table, size=grids[1], mode="bicubic").flatten(2).mT
         return torch.cat([tensor[:, :1], table], dim=1)

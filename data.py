@@ -721,6 +721,7 @@ def main():
     task.add_argument("--stats", metavar="DIR", help="mean and deviation of up to 200 files")
     parser.add_argument("--workers", type=int, default=engine.usable_cores(), help="of --check")
     options = parser.parse_args()
+    engine.check_numbers(options, positive=("workers",))
     if options.check:
         sys.exit(check(options.check, options.workers))
     print(stats_flags(*color_stats(layouts.find_samples(options.stats, "train"), 200)))

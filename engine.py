@@ -59,7 +59,7 @@ def init_distributed():
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
-            raise ValueError(f"local rank {local} has no GPU, there are "
+            raise ValueError(f"local rank {local} has no GPU, GPUs found: "
                              f"{torch.cuda.device_count()}: lower --nproc_per_node")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
@@ -266,8 +266,8 @@ def print_setup(name, recipe, model, optimizer, world, device_batch, amp, print0
     print0(f"recipe {name}: {fields}")
     size, weights = recipe.batch_size, list(model.parameters())
     stem = optimizer.param_groups[0]["lr_scale"]
-    print0(f"batch {size} = {world} processes x {device_batch} samples x "
-           f"{size // world // device_batch} accumulated; peak lr {recipe.lr:g} x "
+    print0(f"batch {size} = processes {world} x samples {device_batch} x accumulated "
+           f"{size // world // device_batch}; peak lr {recipe.lr:g} x "
            f"{size}/{recipe.lr_batch} = {recipe.lr * size / recipe.lr_batch:g}"
            + (f" at the head, x {stem:.2g} at the stem" if stem != 1 else "")
            + f"; {amp} on {weights[0].device}; {sum(p.numel() for p in weights) / 1e6:.1f} M "
@@ -331,7 +331,7 @@ def looks_like(path, error):
         return "it is the pointer to a file of Git LFS: run git lfs pull"
     if start.lstrip()[:1] == b"<":
         return "it is a web page: download the file itself"
-    if found := re.search(r"Unsupported (?:global|class|operand)\S* (?:GLOBAL )?(\S+)", error):
+    if found := re.search(r"Unsupported (?:global|class)\S* (?:GLOBAL )?(\S+)", error):
         return (f"it holds Python's {found[1][:80]}: save its state dict alone, by torch.save "
                 "where it was made")
     kind = ("empty" if not start else "a zip file without the whole of a checkpoint"
@@ -360,29 +360,28 @@ def check_stored(path, stored, examples):
     before it is known to be short: nested lists can be without end.
     """
     if not isinstance(stored, dict):
-        raise ValueError(f"{path} is damaged: its recipe is no dict but a {type(stored).__name__}, "
-                         "choose another checkpoint")
+        raise ValueError(f"{path} is damaged: its recipe is no dict but of type "
+                         f"{type(stored).__name__}, choose another checkpoint")
     for name in examples.keys() & stored.keys():
         value = stored[name]
         if not is_like(value, examples[name]):
             plain = isinstance(value, float) or type(value) is int and abs(value) < 2 ** 63
-            found = f"={value}" if plain else f", a {type(value).__name__}"
-            raise ValueError(f"{path} is damaged: its {name}{found} is not like "
+            found = value if plain else f"of type {type(value).__name__}"
+            raise ValueError(f"{path} is damaged: its {name} is {found}, not like "
                              f"{examples[name]!r}, choose another checkpoint")
 
 
 def check_weights(path, state, model):
     """Raise ValueError unless a file's state dict has the names and shapes of the model's."""
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} is damaged: its model is no dict but a {type(state).__name__}")
     own = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     found = {name: tuple(getattr(x, "shape", ())) for name, x in state.items()}
     if wrong := sorted(name for name in own if own[name] != found.get(name)) or [
             name for name in found if name not in own]:
         name = wrong[0]
-        raise ValueError(f"{path} has other weights than its recipe says: {len(wrong)} tensors do "
-                         f"not fit, such as {str(name)[:80]}, {found.get(name, 'missing')} for "
-                         f"{own.get(name, 'none')}: choose another checkpoint")
+        raise ValueError(f"{path} has other weights than its recipe says: choose another "
+                         f"checkpoint. Tensors that do not fit: {len(wrong)}, such as "
+                         f"{str(name)[:80]}, {found.get(name, 'missing')} for "
+                         f"{own.get(name, 'none')}")
 
 
 def check_resume(path, checkpoint, recipe, fingerprint, run_fields):
@@ -657,7 +656,7 @@ class Run:
                 f"{MAX_UNREADABLE:.0%}: {', '.join(sorted(self.unreadable))}")
         self.bar.set_postfix_str(
             f"loss {loss:.4f}, lr {lr:.1e}, {speed:.1f} {self.unit}s/s, waits {wait:.0%}"
-            if loss is not None else f"{self.skipped:.0f} steps skipped", refresh=False)
+            if loss is not None else f"steps skipped: {self.skipped:.0f}", refresh=False)
         self.log(step=self.step, epoch=self.epoch, loss=loss, lr=lr, samples_per_second=speed,
                  data_wait=wait, **values, grad_norm=grad_norm, skipped=int(self.skipped),
                  unreadable=len(self.unreadable))
@@ -694,8 +693,8 @@ class Run:
         self.save_if_safe()
         self.stop.release()
         skipped = int(self.skipped)
-        self.print0(f"{self.step} steps, {skipped} skipped for non-finite gradients, "
-                    f"{len(self.unreadable)} unreadable files replaced; peak memory "
+        self.print0(f"{self.step} steps, {skipped} skipped for non-finite gradients; unreadable "
+                    f"files replaced: {len(self.unreadable)}; peak memory "
                     f"{peak_memory(self.device):.2f} GiB")
         if skipped > max(MAX_SKIPPED_SHARE * self.total_steps, 5):
             raise ValueError(f"{skipped} of {self.total_steps} steps were skipped for a "
@@ -710,7 +709,7 @@ def read_log(log_path):
         for line in f:
             try:
                 entry = json.loads(line) if line.endswith("\n") else None
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 entry = None
             if isinstance(entry, dict):
                 entries.append(entry)
@@ -724,7 +723,7 @@ def drop_later_lines(log_path, step, print0=print):
     if os.path.exists(log_path):
         entries, damaged = read_log(log_path)
         if damaged:
-            print0(f"{log_path}: {damaged} damaged lines are left out")
+            print0(f"{log_path}: damaged lines left out: {damaged}")
         with open(log_path + ".tmp", "w") as f:
             f.writelines(json.dumps(entry) + "\n" for entry in entries
                          if entry.get("step", 0) <= step)
@@ -765,19 +764,19 @@ def check_numbers(recipe, positive=(), not_negative=(), shares=()):
                            if name in names and v is not None and not fits(v)), "")
             if isinstance(v, float) and not math.isfinite(v):
                 reason = "finite"
-            elif isinstance(v, int) and abs(v) > (2 ** 63 - 1 if "seed" in name else 10 ** 6):
-                reason = "at most 2**63 - 1" if "seed" in name else "at most a million"
+            elif isinstance(v, int) and abs(v) > (2 ** 63 if name == "seed" else 10 ** 6):
+                reason = "at most 2**63" if name == "seed" else "at most a million"
             if reason:
                 raise ValueError(f"{name}={value} is not {reason}: change "
                                  f"--{name.replace('_', '-')}")
 
 
-def parse_recipe(recipes, description, argv=None):
+def parse_recipe(recipes, description, argv=None, check=lambda path, checkpoint: None):
     """A recipe from the command line: a row of `recipes`, with any field overridden by --field.
 
     recipes: {name: frozen dataclass}. --recipe picks the row, else --model the first row of that
     model, else it is the first row. Tuples take all their values or one for all, booleans also
-    --no-field. With --resume the recipe is that of OUT/last.pt, if there is one.
+    --no-field. With --resume the recipe is that of OUT/last.pt, if there is one and `check` lets it.
     Returns (name, recipe, names of the fields that are not to be chosen any more).
     """
     first = next(iter(recipes.values()))
@@ -816,8 +815,10 @@ def parse_recipe(recipes, description, argv=None):
     changed, row = set(overrides) | ({"recipe"} if named else set()), recipes[name]
     path = os.path.join(overrides.get("out", getattr(row, "out", "")), "last.pt")
     if overrides.get("resume") and not named and os.path.isfile(path):
-        stored = read_checkpoint(path).get("recipe", {})
+        checkpoint = read_checkpoint(path)
+        stored = checkpoint.get("recipe", {})
         check_stored(path, stored, dataclasses.asdict(row))
+        check(path, checkpoint)
         known = {field.name for field in dataclasses.fields(row)} & set(stored)
         name, row = "of the run", dataclasses.replace(row, **{key: stored[key] for key in known})
         changed |= {"batch_size"}             # it is the final one

@@ -13,7 +13,8 @@ MODELS = {**mvit.MODELS, **vit.MODELS}
 LIMITS = {
     "image_size": (1, 4096), "num_frames": (1, 4096), "sampling_rate": (1, 4096),
     "patch_size": (1, 4096), "output_stride": (0, 4096), "bins": (1, 4096), "cell": (1, 4096),
-    "num_classes": (0, 10 ** 5), "label_classes": (1, 10 ** 5), "clips": (1, 4096), "crops": (1, 3),
+    "num_classes": (0, 10 ** 5), "label_classes": (1, 10 ** 5), "repeats": (1, 64),
+    "clips": (1, 4096), "crops": (1, 3),
     "drop_path": (0.0, 0.99), "dropout": (0.0, 0.99), "mask_ratio": (0.0, 1.0),
     "crop_ratio": (0.01, 1.0), "hog_scale": (1e-9, 1e9), "mean": (0.0, 1e3), "std": (1e-6, 1e3)}
 MOST_TOKENS = 2 ** 16
@@ -59,6 +60,7 @@ def check_checkpoint(path, checkpoint):
     if "recipe" in checkpoint:
         recipe, names = checkpoint["recipe"], checkpoint.get("classes", [])
         engine.check_stored(path, recipe, FIELDS)
+        engine.check_stored(path, {"model": None, **checkpoint}, {"model": {}})
         if lacking := {"model", "image_size"} - recipe.keys():
             raise ValueError(f"{path} is no checkpoint of ours, its recipe lacks {min(lacking)}: "
                              "choose another")

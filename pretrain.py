@@ -155,7 +155,7 @@ def check(recipe):
 
 
 def main():
-    name, recipe, overrides = engine.parse_recipe(RECIPES, __doc__)
+    name, recipe, overrides = engine.parse_recipe(RECIPES, __doc__, check=models.check_checkpoint)
     check(recipe)
     rank, world, device = engine.init_distributed()
     print0 = tqdm.write if rank == 0 else lambda line: None
@@ -190,8 +190,8 @@ def main():
     amp, autocast, scaler = engine.mixed_precision(recipe.amp, device)
     optimizer = engine.make_optimizer(model, recipe)
     engine.print_setup(name, recipe, model, optimizer, world, device_batch, amp, print0)
-    print0(f"{len(samples)} {samples.kind}s, {len(samples.ignored)} other files ignored, "
-           f"{len(samples.missing)} listed but missing; {steps_per_epoch} steps per epoch, "
+    print0(f"{len(samples)} {samples.kind}s, other files ignored: {len(samples.ignored)}, listed "
+           f"but missing: {len(samples.missing)}; {steps_per_epoch} steps per epoch, "
            f"{recipe.epochs} epochs, {recipe.epochs * steps_per_epoch} steps; "
            f"{model.target.dim} numbers to predict per token of grid {'x'.join(map(str, grid))}")
     if hasattr(model.target, "teacher"):

@@ -127,7 +127,7 @@ def draw(model, recipe, paths, output, device="cpu", frames=4, seed=0):
         movie.append(panels(recipe, x.cpu(), mask.view(-1, *grid[-2:]), *pair))
         names.append("/".join(path.split(os.sep)[-2:]))            # the folder is often the class
     if not movie:
-        raise ValueError(f"none of {len(paths)} files can be read: no picture")
+        raise ValueError(f"no picture, since none of these can be read: {', '.join(paths)[:200]}")
     movie = np.stack(movie, axis=1)                                 # (t, files, 4, H, W, 3)
     shown = np.linspace(0, len(movie) - 1, min(frames, len(movie))).round().astype(int)
     sheet(movie[shown].swapaxes(0, 1).reshape(-1, *movie.shape[2:]),
@@ -145,7 +145,7 @@ def draw_loss(log, output):
     points = np.array([(d["epoch"], d["loss"]) for d in read_log(log)[0]
                        if d.get("loss") is not None])
     if len(points) < 2:
-        raise ValueError(f"{log} has {len(points)} losses: a curve needs two")
+        raise ValueError(f"{log}: a curve needs two losses, found: {len(points)}")
     epochs, losses = points.T
     # The first tenth starts far above the rest, so what is above its end is cut off.
     top, low = losses[len(losses) // 10:].max() * 1.02, losses.min() * 0.98
