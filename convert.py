@@ -84,9 +84,10 @@ def rename(form, state, back=False):
 def signature(state):
     """(key in KINDS, MViT's `expand`) of a state dict with our names."""
     stem = state.get("patch_embed.proj.weight", torch.empty(0))
-    qkv = [tensor for name, tensor in state.items() if name.endswith("attn.qkv.weight")]
+    qkv = [tensor for name, tensor in state.items() if name.endswith("attn.qkv.weight")
+           and tensor.ndim == 2]
     wider = any(len(tensor) != 3 * tensor.shape[1] for tensor in qkv)
-    return (stem.ndim, len(stem), len(qkv)), "attn" if wider else "mlp"
+    return (stem.ndim, *stem.shape[:1], len(qkv)), "attn" if wider else "mlp"
 
 
 def square(tokens):
@@ -191,11 +192,13 @@ def foreign_recipe(checkpoint):
     name, video = KINDS[kind], takes_clips(KINDS[kind])
     tables = [f"blocks.0.attn.rel_pos_{axis}" for axis in "thw"] if video else ["pos_embed"]
     tables += [f"blocks.{kind[2] - 1}.attn.rel_pos_h"] * video
-    if missing := [table for table in tables if table not in state]:
+    if missing := [table for table in tables if table not in state or state[table].ndim < 2
+                   or not state[table].numel()]:
         raise ValueError(f"{form} checkpoint of {name} lacks {missing[0]}")
     # The release's supervised models expand in the attention and have no mean pooling.
     pooled = "fc_norm.weight" in found or form in ("ours", "release") and expand == "mlp"
-    recipe = dict(model=name, num_classes=len(state.get("head.weight", ())), num_frames=16,
+    head = torch.atleast_1d(state.get("head.weight", torch.empty(0)))
+    recipe = dict(model=name, num_classes=len(head), num_frames=16,
                   sampling_rate=4, crop_ratio=0.875, patch_size=16, output_stride=16, drop_path=0.0,
                   checkpointing=False, expand=expand, pool="mean" if pooled else "cls")
     recipe["mean"], recipe["std"] = KINETICS if video else IMAGENET  # 0.5 in timm's augreg ViTs

@@ -365,8 +365,8 @@ def check_stored(path, stored, examples):
     for name in examples.keys() & stored.keys():
         value = stored[name]
         if not is_like(value, examples[name]):
-            plain = isinstance(value, float) or type(value) is int and abs(value) < 2 ** 63
-            found = value if plain else f"of type {type(value).__name__}"
+            is_short = isinstance(value, (int, float))
+            found = value if is_short else f"of type {type(value).__name__}"
             raise ValueError(f"{path} is damaged: its {name} is {found}, not like "
                              f"{examples[name]!r}, choose another checkpoint")
 
@@ -776,7 +776,7 @@ def parse_recipe(recipes, description, argv=None, check=lambda path, checkpoint:
 
     recipes: {name: frozen dataclass}. --recipe picks the row, else --model the first row of that
     model, else it is the first row. Tuples take all their values or one for all, booleans also
-    --no-field. With --resume the recipe is that of OUT/last.pt, if there is one and `check` lets it.
+    --no-field. With --resume the recipe is that of OUT/last.pt, if there is one that passes check.
     Returns (name, recipe, names of the fields that are not to be chosen any more).
     """
     first = next(iter(recipes.values()))
