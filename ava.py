@@ -219,9 +219,11 @@ def find_media(folder, split):
                       for name in sorted(names) if layouts.media_kind(name) == "video"}
         return media
     for number, line in itertools.islice(read_lines(frame_list), 1, None):             # no header
-        if len(row := line.split()) < 4:
+        row = line.split()
+        if 0 < len(row) < 4:
             refuse(frame_list, number, line, "movie, number, number, path, labels")
-        media.setdefault(row[0], []).append(row[3].encode())
+        elif row:
+            media.setdefault(row[0], []).append(row[3].encode())
     if not media:
         raise ValueError(f"{frame_list} lists no frames: write a header and a line for each")
     # Millions of paths: workers share arrays of bytes without a copy.
@@ -639,9 +641,10 @@ def read_label_map(path):
             refuse(path, text.count("\n", 0, item.end()) + 1, f"id: {label}",
                    f"another number from 1 to {CLASSES}")
         names[label] = name
-    if len(names) != max(len(re.findall(r"\bid:|\blabel_id:", text)), 1):
-        raise ValueError(f"{path} has {len(names)} classes of the form name: \"...\" id: N, and "
-                         "others or none: get it again")
+    count = len(re.findall(r"\b(?:label_)?id:", text))
+    if not len(names) == count > 0:
+        raise ValueError(f'{path} lists items of another form than name: "..." id: N, usable '
+                         f"are {len(names)} of {count}: get it again")
     return names
 
 
@@ -650,9 +653,10 @@ def read_excluded(path):
     keys = set()
     for number, line in read_lines(path) if path else ():
         movie, _, second = line.partition(",")
-        if line and not second.strip().isdecimal():
+        if second.strip().isdecimal():
+            keys.add(f"{movie},{int(second):04d}")
+        elif line:
             refuse(path, number, line, "movie, second")
-        keys.update([f"{movie},{int(second):04d}"] if line else ())
     return keys
 
 

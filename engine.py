@@ -409,14 +409,18 @@ def check_resume(path, checkpoint, recipe, fingerprint, run_fields):
 
 
 def load_optimizer(path, checkpoint, optimizer, scaler):
-    """Load the optimizer and the loss scale of a run. Raises ValueError if they do not fit."""
+    """Load the optimizer's state and the loss scale of a run. Raises ValueError if they do not fit.
+    """
+    groups = optimizer.state_dict()["param_groups"]           # the recipe's own
     try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"],
+                                   "param_groups": groups})
         if checkpoint["scaler"]:                              # empty but for fp16
             scaler.load_state_dict(checkpoint["scaler"])
-        fits = all(x.shape in (p.shape, ()) for p, state in optimizer.state.items()
-                   for x in state.values())
-    except Exception:                         # anything may be wrong in a foreign file
+        fits = len(optimizer.state) in (0, sum(len(group["params"]) for group in groups)) and all(
+            x.shape in (p.shape, ()) for p, state in optimizer.state.items()
+            for x in state.values())
+    except (AttributeError, KeyError, TypeError, ValueError):
         fits = False
     if not fits:
         raise ValueError(f"--resume: the optimizer in {path} does not fit the model: train again "

@@ -100,13 +100,13 @@ def test_checkpoints_that_lie(lie, trained, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("change, words", [
     ({"step": "3"}, "step"), ({"scaler": None}, "scaler"), ({"skipped": laughs()}, "skipped"),
-    ({"optimizer": {"state": {}, "param_groups": []}}, "optimizer"),
+    ({"optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}}, "optimizer"),
     ({"data": "0" * 16}, "give back"), ({}, "Leave these flags out")])
 def test_runs_that_cannot_go_on(change, words, trained, tmp_path, monkeypatch, capsys):
     torch.save({**trained[1], **change}, tmp_path / "last.pt")
     flags = [*trained[0], "--out", tmp_path, "--resume"] + ["--lr", 1] * (not change)
     error = runs.refusal(monkeypatch, capsys, "pretrain", *flags)
-    assert words in error and "last.pt" in error and "--out" in error + "--out" * ("type" in error)
+    assert words in error and "last.pt" in error
 
 
 @pytest.mark.parametrize("content, words", [
@@ -149,7 +149,7 @@ BOX = "movie,0902,0.1,0.2,0.3,0.4,1,"
     ("ava_action_list_v2.2_for_activitynet_2019.pbtxt", 'item {\n name: "a"\n id: 1\n}\n'
      'item {\n name: "b"\n id: 1\n}\n', "line 7: 'id: 1'"),
     ("ava_action_list_v2.2_for_activitynet_2019.pbtxt", 'name: "a" id: 81', "from 1 to 80"),
-    ("ava_action_list_v2.2_for_activitynet_2019.pbtxt", "name: a id: 1", "0 classes"),
+    ("ava_action_list_v2.2_for_activitynet_2019.pbtxt", "name: a id: 1", "0 of 1"),
     ("ava_val_excluded_timestamps_v2.2.csv", "video,second\nmovie,0902\n", "line 1"),
     ("ava_val_excluded_timestamps_v2.2.csv", "movie,0902\nmovie\n", "line 2"),
     ("ava_val_v2.2.csv", f"{BOX}0\n{BOX.replace('0.3', 'wide')}0\n", "line 2"),
