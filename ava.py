@@ -43,10 +43,10 @@ from tqdm import tqdm
 
 import data
 import layouts
+import models
 import mvit
 import video
 from convert import foreign_recipe, load_weights
-from models import build_classifier
 from tools import synthetic
 from tools.flops import count_flops
 from video import UnreadableFile
@@ -54,6 +54,7 @@ from video import UnreadableFile
 CLASSES = 80                 # numbered from 1 in the tables; 60 of them are evaluated
 FIRST, LAST = 902, 1798      # seconds that have boxes
 FRAMES_START, FPS = 900, 30  # second of the first frame in DIR/frames, frames per second
+COLUMNS = "video, second, x1, y1, x2, y2, class, score or person"
 STARTS = ("out/finetune/last.pt", "out/pretrain/last.pt")
 
 
@@ -145,13 +146,15 @@ MODEL_FIELDS = ("model", "image_size", "num_frames", "sampling_rate", "expand", 
 def check(recipe):
     """Raise ValueError for flags out of range or in contradiction."""
     engine.check_numbers(
-        recipe, not_negative=("clip_grad", "val_epochs", "warmup_epochs", "movie_start"),
+        recipe, not_negative=("clip_grad", "val_epochs", "warmup_epochs", "warmup_lr", "min_lr",
+                              "weight_decay", "save_minutes", "movie_start"),
         positive=("epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every",
-                  "sampling_rate", "layer_decay"),
-        shares=("drop_path", "dropout", "flip", "box_score"))
-    if not max(recipe.image_size) <= recipe.jitter[0] <= recipe.jitter[1]:
+                  "layer_decay"),
+        shares=("flip", "box_score", "beta2"))
+    models.check_sizes(vars(recipe))
+    if not max(recipe.image_size) <= recipe.jitter[0] <= recipe.jitter[1] <= 4096:
         raise ValueError(f"jitter={recipe.jitter} is no range from image_size={recipe.image_size} "
-                         "up: set --jitter with --image-size")
+                         "up to 4096: set --jitter with --image-size")
     if recipe.draw and not recipe.eval:
         raise ValueError(f"--draw {recipe.draw} needs --eval CKPT")
 
@@ -189,6 +192,23 @@ def locate(folder, table, split="", needed=True):
         raise FileNotFoundError(f"{folder} and its annotations/ have no {' or '.join(names)}")
 
 
+def read_lines(path):
+    """(number, line) of all lines of a table, from 1. Raises ValueError for one not in UTF-8."""
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError:
+                raise ValueError(f"{path}, line {number} is not UTF-8: save the file as "
+                                 "UTF-8") from None
+
+
+def refuse(path, number, line, wanted):
+    """Raise ValueError for a line of a table."""
+    raise ValueError(f"{path}, line {number}: {line[:80]!r} is not {wanted}: correct it or take it "
+                     "out") from None
+
+
 def find_media(folder, split):
     """{movie: path}, or {movie: paths of its frames in order} if there is a frame list."""
     frame_list, media = locate(folder, "frames", split, needed=False), {}
@@ -197,9 +217,14 @@ def find_media(folder, split):
             media |= {os.path.splitext(name)[0]: os.path.join(root, name)
                       for name in sorted(names) if layouts.media_kind(name) == "video"}
         return media
-    with open(frame_list) as f:
-        for movie, _, _, path, *_ in map(str.split, itertools.islice(f, 1, None)):   # no header
-            media.setdefault(movie, []).append(path.encode())
+    for number, line in itertools.islice(read_lines(frame_list), 1, None):             # no header
+        row = line.split()
+        if 0 < len(row) < 4:
+            refuse(frame_list, number, line, "movie, number, number, path, labels")
+        elif row:
+            media.setdefault(row[0], []).append(row[3].encode())
+    if not media:
+        raise ValueError(f"{frame_list} lists no frames: write a header and a line for each")
     # Millions of paths: workers share arrays of bytes without a copy.
     return {movie: np.array(sorted(paths)) for movie, paths in media.items()}
 
@@ -212,9 +237,10 @@ def parse_row(line, scored):
         movie, second, box, label = row[0], int(row[1]), tuple(row[2:6]), int(row[6] or -1)
         x1, y1, x2, y2 = map(float, box)
         score = float(row[7]) if scored else 1.0
+        if math.isnan(score):
+            raise ValueError
     except (ValueError, IndexError):
-        columns = "video, second, x1, y1, x2, y2, class, score or person"
-        raise ValueError(f"not {columns}") from None
+        raise ValueError(f"not {COLUMNS}") from None
     if not FIRST <= second <= LAST:
         raise ValueError(f"second outside {FIRST} to {LAST}")
     if not (x1 <= x2 and y1 <= y2):  # or nan
@@ -240,22 +266,21 @@ def find_key_frames(recipe, split, print0):
         if path is None:
             print0(f"{recipe.data} has no predicted boxes for training: only true ones are used")
             continue
-        with open(path) as f:
-            for number, line in enumerate(f, 1):
-                try:
-                    movie, second, box, label, score = parse_row(line, kind == "predicted")
-                    if score < recipe.box_score:
-                        continue
-                    if movie not in media:
-                        raise ValueError("movie missing (in a test its persons count as missed)")
-                except ValueError as error:
-                    where = f"{os.path.basename(path)} line {number}"
-                    left_out.setdefault(str(error), []).append(f"{where}: {line.strip()}")
+        for number, line in read_lines(path):
+            try:
+                movie, second, box, label, score = parse_row(line, kind == "predicted")
+                if score < recipe.box_score:
                     continue
-                labels = frames.setdefault((movie, second), {}).setdefault(box, set())
-                labels.update({label} - {-1})
+                if movie not in media:
+                    raise ValueError("movie missing (in a test its persons count as missed)")
+            except ValueError as error:
+                where = f"{os.path.basename(path)} line {number}"
+                left_out.setdefault(str(error), []).append(f"{where}: {line}")
+                continue
+            labels = frames.setdefault((movie, second), {}).setdefault(box, set())
+            labels.update({label} - {-1})
     for reason, rows in left_out.items():
-        print0(f"{split}: {len(rows)} rows left out, {reason}, such as {rows[0]}")
+        print0(f"{split}: rows left out, {reason}: {len(rows)}, such as {rows[0]}")
     if not frames:
         raise ValueError(f"{recipe.data}: no box of its {split} part and {len(media)} movies is "
                          "of use")
@@ -288,6 +313,8 @@ def read_clip(media, frame, num_frames, sampling_rate, movie_start, min_size, fo
     offsets = clip_offsets(num_frames, sampling_rate)
     try:
         if isinstance(media, str):
+            if frame.second < movie_start:
+                raise UnreadableFile(media, "the movie begins after that")
             times = [frame.second - movie_start + offset / FPS for offset in offsets]
             return video.read_moments(media, times, min_size), video.picture_size(media)
         center = (frame.second - FRAMES_START) * FPS
@@ -298,7 +325,8 @@ def read_clip(media, frame, num_frames, sampling_rate, movie_start, min_size, fo
                   for name in names]
     except UnreadableFile as error:
         raise UnreadableFile(f"{frame.movie} at second {frame.second}",
-                             f"{error} (--movie-start {movie_start:g})") from error
+                             f"{error} (--movie-start {movie_start:g} is the second at which "
+                             "the movies begin)") from error
     W, H = images[0].size
     h, w = (min_size, min_size) if isinstance(min_size, int) else min_size
     scale = max(h / H, w / W)
@@ -477,7 +505,7 @@ def model_recipe(recipe):
 
 
 def build(recipe):
-    return Detector(build_classifier(model_recipe(recipe)))
+    return Detector(models.build_classifier(model_recipe(recipe)))
 
 
 def start_weights(detector, recipe, print0):
@@ -489,7 +517,9 @@ def start_weights(detector, recipe, print0):
             raise FileNotFoundError(f"there is no {' or '.join(STARTS)}: run pretrain.py first, or "
                                     "give --init CKPT, or --init '' to start from scratch")
     if path:
-        stored = foreign_recipe(engine.read_checkpoint(path))
+        checkpoint = engine.read_checkpoint(path)
+        models.check_checkpoint(path, checkpoint)
+        stored = foreign_recipe(checkpoint)
         for key in ("model", "expand"):
             if stored.get(key, getattr(recipe, key)) != getattr(recipe, key):
                 raise ValueError(f"--init {path} has another {key}: add --{key} {stored[key]}")
@@ -590,35 +620,44 @@ ROW = np.dtype([("key", object),      # "movie,second" with four digits
 def read_boxes(path, scored=False):
     """All rows of a table as an array of ROW, usable or not: the official evaluator counts them."""
     rows = []
-    with open(path) as f:
-        for number, line in enumerate(f, 1):
-            row = line.split(",")
-            try:
-                x1, y1, x2, y2 = map(float, row[2:6])
-                key, score = f"{row[0]},{int(row[1]):04d}", float(row[7]) if scored else 0.0
-                rows.append((key, (x1, y1, x2, y2), int(row[6]), score))
-            except (ValueError, IndexError):
-                raise ValueError(f"{path}, line {number}: {line.strip()!r} is not video, second, "
-                                 "x1, y1, x2, y2, class, score or person") from None
+    for number, line in read_lines(path):
+        row = line.split(",")
+        try:
+            *box, score = map(float, [*row[2:6], row[7] if scored else 0])
+            if not np.isfinite([*box, score]).all():
+                raise ValueError
+            rows.append((f"{row[0]},{int(row[1]):04d}", tuple(box), int(row[6]), score))
+        except (ValueError, IndexError):
+            refuse(path, number, line, COLUMNS)
     return np.array(rows, ROW)
 
 
 def read_label_map(path):
     """{class: name} of the classes to evaluate, from a pbtxt."""
-    with open(path) as f:
-        items = re.findall(r'name:\s*"(.*?)"\s*(?:label_)?id:\s*(\d+)', f.read())
-    if not items:
-        raise ValueError(f"{path} lists no classes")
-    return {int(number): name for name, number in items}
+    text, names = "\n".join(line for _, line in read_lines(path)), {}
+    for item in re.finditer(r'name:\s*"([^"]*)"\s*(?:label_)?id:\s*(\d{1,9})', text):
+        name, label = item[1], int(item[2])
+        if label in names or not 1 <= label <= CLASSES:
+            refuse(path, text.count("\n", 0, item.end()) + 1, f"id: {label}",
+                   f"another number from 1 to {CLASSES}")
+        names[label] = name
+    count = len(re.findall(r"\b(?:label_)?id:", text))
+    if not len(names) == count > 0:
+        raise ValueError(f'{path} lists items of another form than name: "..." id: N, usable '
+                         f"are {len(names)} of {count}: get it again")
+    return names
 
 
 def read_excluded(path):
     """Keys of the timestamps that do not count. path: None if there are none."""
-    rows = []
-    if path:
-        with open(path) as f:
-            rows = [line.split(",") for line in f if line.strip()]
-    return {f"{movie},{int(second):04d}" for movie, second in rows}
+    keys = set()
+    for number, line in read_lines(path) if path else ():
+        movie, _, second = line.partition(",")
+        if second.strip().isdecimal():
+            keys.add(f"{movie},{int(second):04d}")
+        elif line:
+            refuse(path, number, line, "movie, second")
+    return keys
 
 
 def read_truth(folder):
@@ -795,6 +834,8 @@ def draw_detections(results, media, recipe, path, count=6, height=240):
                 pen.text((left, corners[1] + 2 + 14 * line), text, color, **style)
         pen.text((4, height - 18), f"{frame.movie}, {frame.second} s", "white", **style)
         pictures.append(picture)
+    if not pictures:
+        raise ValueError(f"no clip that was tested can be read: {path} is not drawn")
     width = max(picture.width for picture in pictures)
     sheet = Image.new("RGB", (min(3, len(pictures)) * width, -(-len(pictures) // 3) * height))
     for i, picture in enumerate(pictures):
@@ -828,13 +869,16 @@ def dry_run(recipe, device, print0):
         optimizer.step()
         optimizer.zero_grad()
         torch.cuda.synchronize()
-    print0(f"a step of {len(x)} clips on {torch.cuda.get_device_name()}: "
+    print0(f"a step of a batch of {len(x)} on {torch.cuda.get_device_name()}: "
            f"{engine.peak_memory(device):.2f} GiB at most, {time.perf_counter() - start:.2f} s")
 
 
 def load_for_test(recipe, overrides, print0):
     """(recipe, detector) of the checkpoint recipe.eval. Flags that were given come first."""
-    stored = foreign_recipe(engine.read_checkpoint(recipe.eval))
+    checkpoint = engine.read_checkpoint(recipe.eval)
+    models.check_checkpoint(recipe.eval, checkpoint)
+    stored = foreign_recipe(checkpoint)
+    engine.check_stored(recipe.eval, stored, dataclasses.asdict(recipe))
     if stored.get("num_classes") != CLASSES:
         raise ValueError(f"--eval {recipe.eval} has {stored.get('num_classes') or 'no'} classes, "
                          f"not {CLASSES}: use it for --init")
@@ -852,7 +896,7 @@ def load_for_test(recipe, overrides, print0):
 
 
 def main():
-    name, recipe, overrides = engine.parse_recipe(RECIPES, __doc__)
+    name, recipe, overrides = engine.parse_recipe(RECIPES, __doc__, check=models.check_checkpoint)
     check(recipe)
     rank, world, device = engine.init_distributed()
     print0 = tqdm.write if rank == 0 else lambda line: None

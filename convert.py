@@ -20,7 +20,7 @@ from engine import read_checkpoint, run_main, save_checkpoint
 import torch
 import torch.nn.functional as F
 
-from models import build_classifier, build_maskfeat, takes_clips
+from models import build_classifier, build_maskfeat, check_checkpoint, takes_clips
 from safetensors_file import write_safetensors
 from teachers import IMAGENET, KINETICS
 
@@ -83,7 +83,8 @@ def recognize(checkpoint):
     for key in ("model_state", "model", "teacher", "student", "state_dict", "state_dict_ema",
                 "model_ema", None):
         state = checkpoint if key is None else checkpoint.get(key)
-        if isinstance(state, dict) and all(torch.is_tensor(value) for value in state.values()):
+        if isinstance(state, dict) and all(isinstance(name, str) and torch.is_tensor(value)
+                                           for name, value in state.items()):
             state = {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): tensor
                      for name, tensor in state.items()}
             if key == "model" and "recipe" in checkpoint:
@@ -116,9 +117,10 @@ def rename(form, state, back=False):
 def signature(state):
     """(key in KINDS, MViT's `expand`) of a state dict with our names."""
     stem = state.get("patch_embed.proj.weight", torch.empty(0))
-    qkv = [tensor for name, tensor in state.items() if name.endswith("attn.qkv.weight")]
+    qkv = [tensor for name, tensor in state.items() if name.endswith("attn.qkv.weight")
+           and tensor.ndim == 2]
     wider = any(len(tensor) != 3 * tensor.shape[1] for tensor in qkv)
-    return (stem.ndim, len(stem), len(qkv)), "attn" if wider else "mlp"
+    return (stem.ndim, *stem.shape[:1], len(qkv)), "attn" if wider else "mlp"
 
 
 def square(tokens):
@@ -132,9 +134,10 @@ def resize_positions(name, tensor, shape, grids):
 
     grids: (h, w) of the table and of the model, for absolute positions. None: unknown.
     """
-    if ".rel_pos_" in name and tensor.shape[1:] == shape[1:]:
+    if ".rel_pos_" in name and tensor.shape[1:] == shape[1:] and tensor.numel():
         return F.interpolate(tensor.T[None].float(), size=shape[0], mode="linear")[0].T
-    if name == "pos_embed" and tensor.shape[2:] == shape[2:] and None not in grids:
+    if name == "pos_embed" and tensor.shape[2:] == shape[2:] and None not in grids \
+            and tensor.shape[1] == 1 + math.prod(grids[0]):
         table = tensor[:, 1:].mT.unflatten(2, grids[0]).float()
         table = F.interpolate(table, size=grids[1], mode="bicubic").flatten(2).mT
         return torch.cat([tensor[:, :1], table], dim=1)
@@ -153,6 +156,7 @@ def load_weights(model, path, verbose=True):
     norm and mask token may be fresh or left out. Raises ValueError if other tensors do not fit.
     """
     checkpoint, own = read_checkpoint(path), model.state_dict()
+    check_checkpoint(path, checkpoint)
     form, found = recognize(checkpoint)
     state, origin = rename(form, found)
     places, names = rename("ours", own)
@@ -225,13 +229,15 @@ def foreign_recipe(checkpoint):
     name, video = KINDS[kind], takes_clips(KINDS[kind])
     tables = [f"blocks.0.attn.rel_pos_{axis}" for axis in "thw"] if video else ["pos_embed"]
     tables += [f"blocks.{kind[2] - 1}.attn.rel_pos_h"] * video
-    if missing := [table for table in tables if table not in state]:
+    if missing := [table for table in tables if table not in state or state[table].ndim < 2
+                   or not state[table].numel()]:
         raise ValueError(f"{form} checkpoint of {name} lacks {missing[0]}")
     # Mean pooling: fine-tuned MAE, OpenMMLab's ViTs that pool, OpenMMLab's MaskFeat. The release's
     # supervised models, which expand in the attention, have none.
     signs = {"fc_norm.weight", "backbone.ln2.weight", "backbone.mask_token"}
     pooled = signs & set(found) or form in ("ours", "release") and expand == "mlp"
-    recipe = dict(model=name, num_classes=len(state.get("head.weight", ())), num_frames=16,
+    head = torch.atleast_1d(state.get("head.weight", torch.empty(0)))
+    recipe = dict(model=name, num_classes=len(head), num_frames=16,
                   sampling_rate=4, crop_ratio=0.875, patch_size=16, output_stride=16, drop_path=0.0,
                   checkpointing=False, expand=expand, pool="mean" if pooled else "cls")
     recipe["mean"], recipe["std"] = KINETICS if video else IMAGENET  # 0.5 in timm's augreg ViTs
@@ -247,13 +253,15 @@ def foreign_recipe(checkpoint):
     if "maskfeat.mask_token" in state:
         recipe.update(target="hog", bins=9, cell=8, norm="l2", color="rgb", gradient="sobel",
                       pixel_norm="dataset", mask="cube" if video else "block", mask_ratio=0.4)
-    cfg = str(checkpoint.get("cfg", ""))
+    cfg = checkpoint.get("cfg")
+    cfg = cfg if isinstance(cfg, str) else ""  # nested lists may print without end
     if match := re.search(r"\bUSE_MEAN_POOLING:\s*(\w+)", cfg):
         recipe["pool"] = "mean" if match[1].lower() == "true" else "cls"
-    for key in ("sampling_rate", "mean", "std"):
+    for key, count in ("sampling_rate", 1), ("mean", 3), ("std", 3):
         if match := re.search(rf"\b{key.upper()}:((?:[\s\[,-]+[\d.]+)+)", cfg):
-            numbers = tuple(map(float, re.findall(r"[\d.]+", match[1])))
-            recipe[key] = int(numbers[0]) if key == "sampling_rate" else numbers
+            numbers = tuple(map(float, re.findall(r"\d{0,9}\.?\d{1,20}", match[1])))
+            if len(numbers) == count:
+                recipe[key] = int(numbers[0]) if count == 1 else numbers
     return recipe
 
 
@@ -314,6 +322,7 @@ def main():
     if os.path.exists(destination):
         raise ValueError(f"{destination} exists: choose another name")
     checkpoint = read_checkpoint(args.source)
+    check_checkpoint(args.source, checkpoint)
     form, recipe = recognize(checkpoint)[0], foreign_recipe(checkpoint)
     if form == "ours":
         to = args.to or ("release" if takes_clips(recipe["model"]) else "timm")

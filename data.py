@@ -785,6 +785,7 @@ def main():
     parser.add_argument("--image-size", type=int, default=224, help="--check: count smaller files")
     parser.add_argument("--verbose", action="store_true", help="--check: name usable files, too")
     options = parser.parse_args()
+    engine.check_numbers(options, positive=("workers",))
     if options.check:
         sys.exit(check(options.check, options.workers, options.image_size, options.verbose))
     mean, std, _ = color_stats(layouts.find_samples(options.stats, "train"), 200)

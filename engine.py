@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -66,7 +67,7 @@ def init_distributed():
         "mps" if torch.backends.mps.is_available() else "cpu")                # macOS, untried
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
-            raise ValueError(f"local rank {local} has no GPU, there are "
+            raise ValueError(f"local rank {local} has no GPU, GPUs found: "
                              f"{torch.cuda.device_count()}: lower --nproc_per_node")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
@@ -277,8 +278,8 @@ def print_setup(recipes, name, recipe, model, optimizer, world, device_batch, am
     stem = optimizer.param_groups[0]["lr_scale"]
     on_cpu = weights[0].device.type == "cpu"
     threads = f" with {torch.get_num_threads()} threads (OMP_NUM_THREADS)" if on_cpu else ""
-    print0(f"batch {size} = {world} processes x {device_batch} samples x "
-           f"{size // world // device_batch} accumulated; peak lr {recipe.lr:g} x "
+    print0(f"batch {size} = processes {world} x samples {device_batch} x accumulated "
+           f"{size // world // device_batch}; peak lr {recipe.lr:g} x "
            f"{size}/{recipe.lr_batch} = {recipe.lr * size / recipe.lr_batch:g}"
            + (f" at the head, x {stem:.2g} at the stem" if stem != 1 else "")
            + f"; {amp} on {weights[0].device}{threads}; "
@@ -309,8 +310,8 @@ def read_checkpoint(path):
 
     Only tensors, plain values, NumPy's numbers (an accuracy beside the weights) and
     argparse.Namespace (MAE and DINO keep their options in one) are unpickled: no code of the file
-    runs. Raises FileNotFoundError, or ValueError for a file that is
-    damaged or holds anything else.
+    runs. Raises OSError if it cannot be read, or ValueError for a file that is damaged or holds
+    anything else.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -318,15 +319,82 @@ def read_checkpoint(path):
         with torch.serialization.safe_globals(SAFE_TYPES):
             checkpoint = (read_safetensors(path) if path.endswith(".safetensors") else
                           torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:                # zip, pickle, EOF, OS: all mean the same
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        telling = [line for line in lines if "WeightsUnpickler" in line or "nsupported" in line]
-        reason = (telling or lines)[0]
+    except OSError:
+        raise
+    except Exception as error:                # zip, pickle, EOF: all mean the same
         raise ValueError(f"{path} is damaged or not a checkpoint of tensors and plain values: "
-                         f"{reason[:200]}") from None
+                         f"{looks_like(path, str(error))}") from None
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}")
+        raise ValueError(f"{path} is no checkpoint, it holds a {type(checkpoint).__name__}: "
+                         "choose another file")
+    parts = [checkpoint, *(part for part in checkpoint.values() if isinstance(part, dict))]
+    for x in (x for part in parts for x in part.values() if torch.is_tensor(x)):
+        if x.layout != torch.strided or x.device.type != "cpu" \
+                or x.numel() * x.element_size() > x.untyped_storage().nbytes():
+            raise ValueError(f"{path} is damaged: a tensor of shape {tuple(x.shape)} lacks its "
+                             "numbers, get the file again")
     return checkpoint
+
+
+def looks_like(path, error):
+    """What a file that torch.load refuses seems to be, by its first bytes, and the remedy."""
+    with open(path, "rb") as f:
+        start = f.read(512)
+    if start.startswith(b"version https://git-lfs"):
+        return "it is the pointer to a file of Git LFS: run git lfs pull"
+    if start.lstrip()[:1] == b"<":
+        return "it is a web page: download the file itself"
+    if found := re.search(r"Unsupported (?:global|class)\S* (?:GLOBAL )?(\S+)", error):
+        return (f"it holds Python's {found[1][:80]}: save its state dict alone, by torch.save "
+                "where it was made")
+    kind = ("empty" if not start else "a zip file without the whole of a checkpoint"
+            if start.startswith(b"PK") else "a file of another kind" if b"\0" in start
+            or start.startswith(b"\x80") else "a text")
+    return f"it is {kind}: get it again, or choose another file"
+
+
+def is_like(value, example):
+    """Whether a value has the type of the example, and a tuple its length. Numbers must be finite
+    and below 2**63, texts short."""
+    if isinstance(example, tuple):
+        return (isinstance(value, tuple) and len(value) == len(example)
+                and all(map(is_like, value, example)))
+    if isinstance(example, dict):
+        return isinstance(value, dict)
+    if type(value) is not type(example) and (type(value), type(example)) != (int, float):
+        return False
+    return len(value) < 4096 if isinstance(value, str) else abs(value) < 2 ** 63
+
+
+def check_stored(path, stored, examples):
+    """Raise ValueError unless what a file says of itself has the types of the examples.
+
+    stored, examples: dicts. Names that only one of them has do not count. A value is not printed
+    before it is known to be short: nested lists can be without end.
+    """
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} is damaged: its recipe is no dict but of type "
+                         f"{type(stored).__name__}, choose another checkpoint")
+    for name in examples.keys() & stored.keys():
+        value = stored[name]
+        if not is_like(value, examples[name]):
+            is_short = isinstance(value, (int, float))
+            found = value if is_short else f"of type {type(value).__name__}"
+            raise ValueError(f"{path} is damaged: its {name} is {found}, not like "
+                             f"{examples[name]!r}, choose another checkpoint")
+
+
+def check_weights(path, state, model):
+    """Raise ValueError unless a file's state dict has the names and shapes of the model's."""
+    own = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    found = {name: tuple(getattr(x, "shape", ())) for name, x in state.items()}
+    if wrong := sorted(name for name in own if own[name] != found.get(name)) or [
+            name for name in found if name not in own]:
+        name = wrong[0]
+        raise ValueError(f"{path} has other weights than its recipe says: choose another "
+                         f"checkpoint. Tensors that do not fit: {len(wrong)}, such as "
+                         f"{str(name)[:80]}, {found.get(name, 'missing')} for "
+                         f"{own.get(name, 'none')}")
 
 
 def check_resume(path, checkpoint, recipe, fingerprint, run_fields):
@@ -334,20 +402,42 @@ def check_resume(path, checkpoint, recipe, fingerprint, run_fields):
 
     A field that the file lacks is newer than the file and had its default then.
     """
-    needed = "model", "optimizer", "scaler", "step", "skipped", "recipe", "data"
+    needed = {"model": {}, "optimizer": {}, "scaler": {}, "step": 0, "skipped": 0, "recipe": {},
+              "data": ""}
     if missing := [key for key in needed if key not in checkpoint]:
         raise ValueError(f"{path} is no training checkpoint, it lacks {', '.join(missing)}: choose "
                          "another --out")
-    old = {**dataclasses.asdict(type(recipe)()), **checkpoint["recipe"]}
     new = dataclasses.asdict(recipe)
+    check_stored(path, checkpoint, needed)
+    check_stored(path, checkpoint["recipe"], new)
+    old = {**dataclasses.asdict(type(recipe)()), **checkpoint["recipe"]}
     differs = [f"{key}={value} (was {old[key]})" for key, value in new.items()
                if key not in run_fields and value != old[key]]
     if differs:
         raise ValueError(f"--resume: {path} was made by another recipe, different here: "
-                         f"{', '.join(differs)}")
+                         f"{', '.join(differs)}. Leave these flags out, or choose another --out")
     if checkpoint["data"] != fingerprint:
         raise ValueError(f"--resume: the files in {recipe.data} are not those that {path} was "
-                         "trained on")
+                         "trained on: give back the old ones, or choose another --out")
+
+
+def load_optimizer(path, checkpoint, optimizer, scaler):
+    """Load the optimizer's state and the loss scale of a run. Raises ValueError if they do not fit.
+    """
+    groups = optimizer.state_dict()["param_groups"]           # the recipe's own
+    try:
+        optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"],
+                                   "param_groups": groups})
+        if checkpoint["scaler"]:                              # empty but for fp16
+            scaler.load_state_dict(checkpoint["scaler"])
+        fits = len(optimizer.state) in (0, sum(len(group["params"]) for group in groups)) and all(
+            x.shape in (p.shape, ()) for p, state in optimizer.state.items()
+            for x in state.values())
+    except (AttributeError, KeyError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(f"--resume: the optimizer in {path} does not fit the model: train again "
+                         "with another --out")
 
 
 def find_checkpoint(recipe):
@@ -462,10 +552,9 @@ class Run:
         self.step = skipped = 0
         if checkpoint:
             check_resume(self.checkpoint_path, checkpoint, recipe, fingerprint, run_fields)
+            check_weights(self.checkpoint_path, checkpoint["model"], model)
             model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            if checkpoint["scaler"]:                          # empty but for fp16
-                scaler.load_state_dict(checkpoint["scaler"])
+            load_optimizer(self.checkpoint_path, checkpoint, optimizer, scaler)
             self.step, skipped = checkpoint["step"], checkpoint["skipped"]
             self.print0(f"resumed {self.checkpoint_path} at step {self.step}")
         if len(set(gather_list([self.step]))) > 1:
@@ -585,7 +674,7 @@ class Run:
             raise ValueError(
                 f"{len(self.unreadable)} of {self.num_files} files cannot be read, more than "
                 f"{MAX_UNREADABLE:.0%}: {', '.join(sorted(self.unreadable))}")
-        state = f"{self.skipped:.0f} steps skipped" if loss is None else (
+        state = f"steps skipped: {self.skipped:.0f}" if loss is None else (
             f"loss {loss:.4f}, lr {lr:.1e}, {speed:.1f} {self.unit}s/s, waits {wait:.0%}")
         self.bar.set_postfix_str(state, refresh=False)
         if not sys.stderr.isatty():                           # into a file: a line, not a bar
@@ -637,8 +726,8 @@ class Run:
         self.save_if_safe()
         self.stop.release()
         skipped = int(self.skipped)
-        self.print0(f"{self.step} steps, {skipped} skipped for non-finite gradients, "
-                    f"{len(self.unreadable)} unreadable files replaced; peak memory "
+        self.print0(f"{self.step} steps, {skipped} skipped for non-finite gradients; unreadable "
+                    f"files replaced: {len(self.unreadable)}; peak memory "
                     f"{peak_memory(self.device):.2f} GiB")
         if skipped > max(MAX_SKIPPED_SHARE * self.total_steps, 5):
             raise ValueError(f"{skipped} of {self.total_steps} steps were skipped for a "
@@ -674,7 +763,7 @@ def read_log(log_path):
         for line in f:
             try:
                 entry = json.loads(line) if line.endswith("\n") else None
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 entry = None
             if isinstance(entry, dict):
                 entries.append(entry)
@@ -688,7 +777,7 @@ def drop_later_lines(log_path, step, print0=print):
     if os.path.exists(log_path):
         entries, damaged = read_log(log_path)
         if damaged:
-            print0(f"{log_path}: {damaged} damaged lines are left out")
+            print0(f"{log_path}: damaged lines left out: {damaged}")
         with open(log_path + ".tmp", "w") as f:
             f.writelines(json.dumps(entry) + "\n" for entry in entries
                          if step and entry.get("step", 0) <= step)
@@ -717,26 +806,31 @@ def option(default, help="", choices=None, alias=None, group=None):
 
 
 def check_numbers(recipe, positive=(), not_negative=(), shares=()):
-    """Raise ValueError for a field out of its range. shares: from 0 to 1. All must be finite."""
+    """Raise ValueError for a field out of its range. shares: from 0 to 1. All must be finite, and
+    whole ones but seeds at most a million. recipe: a dataclass or a Namespace. None is not given.
+    """
+    ranges = ((positive, lambda v: v > 0, "positive"), (not_negative, lambda v: v >= 0,
+              "zero or more"), (shares, lambda v: 0 <= v <= 1, "a share from 0 to 1"),
+              (("workers",), lambda v: -1 <= v <= 1024, "from -1 to 1024"))
     for name, value in vars(recipe).items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
-            raise ValueError(f"{name}={value} is not finite: change --{name.replace('_', '-')}")
-    for names, fits, range_ in ((positive, lambda v: v > 0, "positive"),
-                                (not_negative, lambda v: v >= 0, "zero or more"),
-                                (shares, lambda v: 0 <= v <= 1, "a share from 0 to 1")):
-        for name in names:
-            if not fits(getattr(recipe, name)):
-                raise ValueError(f"{name}={getattr(recipe, name)} is not {range_}: change "
+        for v in value if isinstance(value, (tuple, list)) else (value,):
+            reason = next((words for names, fits, words in ranges
+                           if name in names and v is not None and not fits(v)), "")
+            if isinstance(v, float) and not math.isfinite(v):
+                reason = "finite"
+            elif isinstance(v, int) and abs(v) > (2 ** 63 if name == "seed" else 10 ** 6):
+                reason = "at most 2**63" if name == "seed" else "at most a million"
+            if reason:
+                raise ValueError(f"{name}={value} is not {reason}: change "
                                  f"--{name.replace('_', '-')}")
 
 
-def parse_recipe(recipes, description, argv=None):
+def parse_recipe(recipes, description, argv=None, check=lambda path, checkpoint: None):
     """A recipe from the command line: a row of `recipes`, with any field overridden by --field.
 
     recipes: {name: frozen dataclass}. --recipe picks the row, else --model the first row of that
     model, else it is the first row. Tuples take all their values or one for all, booleans also
-    --no-field. With --resume the recipe is that of OUT/last.pt, if there is one.
+    --no-field. With --resume the recipe is that of OUT/last.pt, if there is one that passes check.
     Returns (name, recipe, names of the fields that are not to be chosen any more).
     """
     first = next(iter(recipes.values()))
@@ -781,11 +875,22 @@ def parse_recipe(recipes, description, argv=None):
     changed, row = set(overrides) | ({"recipe"} if named else set()), recipes[name]
     path = os.path.join(overrides.get("out", getattr(row, "out", "")), "last.pt")
     if overrides.get("resume") and not named and os.path.isfile(path):
-        stored = read_checkpoint(path).get("recipe", {})
+        checkpoint = read_checkpoint(path)
+        stored = checkpoint.get("recipe", {})
+        check_stored(path, stored, dataclasses.asdict(row))
+        check(path, checkpoint)
         known = {field.name for field in dataclasses.fields(row)} & set(stored)
         name, row = "of the run", dataclasses.replace(row, **{key: stored[key] for key in known})
         changed |= {"batch_size"}             # it is the final one
     return name, dataclasses.replace(row, **overrides), changed
+
+
+def tell_launcher(line):
+    """Let the line stand at the end of the report that `torchrun` prints of a failed process."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        about = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": about}))
 
 
 def run_main(main):
@@ -803,6 +908,7 @@ def run_main(main):
         if "Original Traceback" in message:   # from a loader process: its last line, less the class
             message = message.splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
         print(f"{where}: {message}", file=sys.stderr, flush=True)
+        tell_launcher(f"{where}: {' '.join(message.split())}")
         sys.exit(2)
     if dist.is_initialized():
         dist.barrier()                        # a rank that leaves early can make gloo abort

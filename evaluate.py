@@ -192,12 +192,14 @@ def load(flags, print0):
     """(recipe, model, class names or []) of the checkpoint. recipe: a Namespace of what the
     checkpoint says of itself, unless flags say otherwise."""
     checkpoint = engine.read_checkpoint(flags.checkpoint)
+    models.check_checkpoint(flags.checkpoint, checkpoint)
     stored = convert.foreign_recipe(checkpoint)
     given = {key: value for key, value in vars(flags).items() if value is not None}
     if flags.features or flags.probe:
         stored = {**stored, "clips": 1, "crops": 1}
     known = {key: stored.get(key, value) for key, value in DEFAULTS.items()}
     recipe = argparse.Namespace(**known | {"model": stored["model"]} | given)
+    models.check_sizes(vars(recipe))
     build = {**vars(recipe), "drop_path": 0.0, "dropout": 0.0, "checkpointing": False}
     if not recipe.num_classes:                                # features as they were pre-trained
         build["output_stride"] = stored.get("output_stride", 0)

@@ -181,14 +181,15 @@ def check(recipe, overrides):
     if "color_jitter" in overrides and recipe.color_jitter and recipe.rand_augment:
         raise ValueError("--color-jitter does not go with RandAugment: add --rand-augment ''")
     engine.check_numbers(
-        recipe, shares=("drop_path", "dropout", "smoothing", "flip", "erase", "crop_ratio"),
-        positive=("epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every", "clips",
-                  "sampling_rate", "patch_size", "repeats", "layer_decay", "crop_ratio", "seeds"),
-        not_negative=("num_classes", "clip_grad", "mixup", "cutmix", "val_epochs",
-                      "limit_per_class", "warmup_epochs"))
-    for name in ("drop_path", "dropout", "smoothing"):
-        if getattr(recipe, name) == 1:
-            raise ValueError(f"{name}={getattr(recipe, name)} leaves nothing: use less than 1")
+        recipe, shares=("smoothing", "flip", "erase", "beta2"),
+        positive=("epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every",
+                  "layer_decay", "seeds"),
+        not_negative=("clip_grad", "mixup", "cutmix", "val_epochs", "limit_per_class",
+                      "warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "color_jitter",
+                      "save_minutes"))
+    models.check_sizes(vars(recipe))
+    if recipe.smoothing == 1:
+        raise ValueError("smoothing=1.0 leaves nothing: use less than 1")
     if not 0 < recipe.crop_scale[0] <= recipe.crop_scale[1] <= 1:
         raise ValueError(f"crop_scale={recipe.crop_scale} is not an increasing range within (0, 1]:"
                          " use two shares of the area, such as 0.08 1")
@@ -260,10 +261,10 @@ def train(name, recipe, overrides, rank, world, device):
     engine.print_setup(RECIPES, name, recipe, model, optimizer, world, device_batch, amp,
                        print0)
     print0(f"{len(samples)} {samples.kind}s of {len(classes)} classes to train, {len(val_samples)} "
-           f"to validate; {len(samples.ignored) + len(val_samples.ignored)} other files ignored, "
-           f"{len(samples.missing) + len(val_samples.missing)} listed but missing; "
-           f"{steps_per_epoch} steps per epoch, {recipe.epochs} epochs x {recipe.repeats} "
-           f"augmentations, {recipe.epochs * steps_per_epoch} steps, from "
+           f"to validate; other files ignored: {len(samples.ignored) + len(val_samples.ignored)}, "
+           f"listed but missing: {len(samples.missing) + len(val_samples.missing)}; "
+           f"{steps_per_epoch} steps per epoch, epochs {recipe.epochs} x augmentations "
+           f"{recipe.repeats}, {recipe.epochs * steps_per_epoch} steps, from "
            + ("the resumed run, not --init" if checkpoint else recipe.init or "scratch"))
 
     run = engine.Run(
@@ -323,7 +324,7 @@ def main():
                          "CHECKPOINT --data DIR (or --predict FILES, --features OUT.npz, --probe)")
     if "--flops" in sys.argv:
         raise ValueError("--flops is a command of its own: python -m tools.flops --model mvitv2_l")
-    name, recipe, overrides = engine.parse_recipe(RECIPES, __doc__)
+    name, recipe, overrides = engine.parse_recipe(RECIPES, __doc__, check=models.check_checkpoint)
     check(recipe, overrides)
     rank, world, device = engine.init_distributed()
     print0 = tqdm.write if rank == 0 else lambda line: None
@@ -354,7 +355,7 @@ def compare(name, recipe, overrides, rank, world, device, print0):
             print0(f"\n{label}, seed {seed}:")
             result, samples = train(name, row, overrides, rank, world, device)
             top1[label].append(100 * result["top1"])
-    labels = f"{recipe.limit_per_class} labels a class" if recipe.limit_per_class else "all labels"
+    labels = f"labels a class: {recipe.limit_per_class}" if recipe.limit_per_class else "all labels"
     print0(f"\ntop-1 in percent on {len(samples)} {samples.kind}s, {labels}, same budget")
     print0(f"{'':14}" + "".join(f"{f'seed {seed}':>8}" for seed in seeds) + f"{'mean':>8}")
     for label, values in top1.items():

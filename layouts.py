@@ -345,7 +345,7 @@ def _read_text(path):
 def _read_json(path):
     try:
         return json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}; get it again") from None
 
 

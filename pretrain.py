@@ -132,25 +132,24 @@ RUN_FIELDS = {"data", "out", "init", "resume", "device_batch", "amp", "compile",
               "workers", "save_minutes", "log_every", "dry_run", "val_samples"}
 
 
-def check(recipe, samples):
-    """Raise ValueError for flags that contradict each other or the data."""
-    models.check_kind(recipe.model, samples)
-    video = samples.kind == "video"
+def check(recipe):
+    """Raise ValueError for flags out of range or in contradiction."""
+    video = models.takes_clips(recipe.model)
     if video == (recipe.mask == "block"):
         raise ValueError(f"mask={recipe.mask} does not suit {recipe.model}: use --mask "
                          f"{'cube, tube or frame' if video else 'block'}")
     if recipe.target == ("label" if video else "mvit_b"):
-        raise ValueError(f"target={recipe.target} is not for {samples.kind}s: use another "
-                         "--target")
+        raise ValueError(f"target={recipe.target} is not for {recipe.model}: use another --target")
     if recipe.teacher and recipe.target in ("hog", "pixel"):
         raise ValueError(f"--teacher {recipe.teacher}: target={recipe.target} has no teacher, "
                          "choose another --target")
-    engine.check_numbers(recipe, positive=(
-        "epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every", "clip_grad",
-        "sampling_rate", "output_stride", "patch_size", "cell", "bins", "label_classes",
-        "hog_scale"), not_negative=("warmup_epochs", "warmup_lr", "min_lr", "weight_decay",
-                                      "val_samples"),
-        shares=("drop_path", "flip", "beta2"))
+    engine.check_numbers(
+        recipe, positive=("epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every",
+                          "clip_grad", "output_stride"),
+        not_negative=("warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "save_minutes",
+                      "val_samples"),
+        shares=("flip", "beta2"))
+    models.check_sizes(vars(recipe))
     if not 0 < recipe.mask_ratio < 1:
         raise ValueError(f"mask_ratio={recipe.mask_ratio} is not between 0 and 1: the paper's "
                          "is 0.4")
@@ -160,7 +159,8 @@ def check(recipe, samples):
 
 
 def main():
-    name, recipe, overrides = engine.parse_recipe(RECIPES, __doc__)
+    name, recipe, overrides = engine.parse_recipe(RECIPES, __doc__, check=models.check_checkpoint)
+    check(recipe)
     if recipe.init and not recipe.resume and not os.path.isfile(recipe.init):
         raise FileNotFoundError(f"--init: no checkpoint at {recipe.init}")
     rank, world, device = engine.init_distributed()
@@ -173,7 +173,7 @@ def main():
     if not recipe.data:
         recipe = replace(recipe, data=synthetic.make_dataset("data/synthetic", print0=print0))
     samples = engine.from_rank0(layouts.find_samples, recipe.data, "train")
-    check(recipe, samples)
+    models.check_kind(recipe.model, samples)
     for note in engine.from_rank0(data.notes_on_files, samples, recipe):
         print0(note)
     recipe, device_batch, accumulate = engine.plan_batch(
@@ -201,8 +201,8 @@ def main():
     optimizer = engine.make_optimizer(model, recipe)
     engine.print_setup(RECIPES, name, recipe, model, optimizer, world, device_batch, amp,
                        print0)
-    print0(f"{len(samples)} {samples.kind}s, {len(samples.ignored)} other files ignored, "
-           f"{len(samples.missing)} listed but missing; {steps_per_epoch} steps per epoch, "
+    print0(f"{len(samples)} {samples.kind}s, other files ignored: {len(samples.ignored)}, listed "
+           f"but missing: {len(samples.missing)}; {steps_per_epoch} steps per epoch, "
            f"{recipe.epochs} epochs, {recipe.epochs * steps_per_epoch} steps; "
            f"{model.target.dim} numbers to predict per token of grid {'x'.join(map(str, grid))}")
     if hasattr(model.target, "teacher"):

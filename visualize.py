@@ -9,7 +9,7 @@ animation (.gif). A class (dVAE, pseudo-labels) has a color, features show princ
 import os
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
-from engine import read_checkpoint, read_log, run_main
+from engine import check_weights, read_checkpoint, read_log, run_main
 
 import numpy as np
 import torch
@@ -20,9 +20,12 @@ import data
 import layouts
 import masking
 from hog import draw_hog, unpatch_hog
-from models import build_maskfeat
+from models import build_maskfeat, check_checkpoint
 
 ROWS = ("masked input", "prediction", "target", "original")
+NEEDED = {"model", "image_size", "num_frames", "sampling_rate", "output_stride", "patch_size",
+          "expand", "drop_path", "checkpointing", "mean", "std", "mask", "mask_ratio", "target",
+          "bins", "cell", "norm", "color", "gradient", "pixel_norm"}  # of a recipe
 GAP, MARGIN, TITLE = 4, 96, 20  # pixels between pictures, left of them and above them
 
 
@@ -125,7 +128,7 @@ def draw(model, recipe, paths, output, device="cpu", frames=4, seed=0):
         movie.append(panels(recipe, x.cpu(), mask.view(-1, *grid[-2:]), *pair))
         names.append("/".join(path.split(os.sep)[-2:]))            # the folder is often the class
     if not movie:
-        raise ValueError(f"none of {len(paths)} files can be read: no picture")
+        raise ValueError(f"no picture, since none of these can be read: {', '.join(paths)[:200]}")
     movie = np.stack(movie, axis=1)                                 # (t, files, 4, H, W, 3)
     shown = np.linspace(0, len(movie) - 1, min(frames, len(movie))).round().astype(int)
     sheet(movie[shown].swapaxes(0, 1).reshape(-1, *movie.shape[2:]),
@@ -152,7 +155,7 @@ def draw_loss(logs, output):
                      for key in ("loss", "val_loss")])
         levels |= next((d["levels"] for d in entries if "levels" in d), {})
         if runs[-1][0].shape[1] < 2:
-            raise ValueError(f"{path} has {runs[-1][0].shape[1]} losses: a curve needs two")
+            raise ValueError(f"{path}: a curve needs two losses, found: {runs[-1][0].shape[1]}")
     # The first tenth of the epochs starts far above the rest, so what is above its end is cut off.
     settled = [loss[epoch >= epoch[-1] / 10] for (epoch, loss), _ in runs]
     settled += [val_loss for _, (_, val_loss) in runs]
@@ -196,8 +199,10 @@ def main():
     if not args.checkpoint or not args.input:
         raise ValueError("give --checkpoint and --input, or --log")
     checkpoint = read_checkpoint(args.checkpoint)
-    if "recipe" not in checkpoint or "mask_token" not in checkpoint["model"]:
-        raise ValueError(f"{args.checkpoint} is no pre-training of ours: run convert.py on it")
+    check_checkpoint(args.checkpoint, checkpoint)
+    if lacking := NEEDED - checkpoint.get("recipe", {}).keys():
+        raise ValueError(f"{args.checkpoint} is no pre-training of ours, its recipe lacks "
+                         f"{min(lacking)}: run convert.py on it")
     if args.frames < 1:
         raise ValueError(f"--frames {args.frames}: use 1 or more")
     if missing := [path for path in args.input if not os.path.isfile(path)]:
@@ -205,6 +210,7 @@ def main():
     recipe = checkpoint["recipe"] | ({"teacher": args.teacher} if args.teacher else {})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_maskfeat(recipe).to(device).eval()
+    check_weights(args.checkpoint, checkpoint.get("model"), model)
     model.load_state_dict(checkpoint["model"])
     written = draw(model, recipe, args.input, args.output, device, args.frames, args.seed)
     print("wrote " + " and ".join(written))

@@ -12,7 +12,6 @@ from PIL import Image
 
 import finetune
 import pretrain
-from layouts import Samples
 from tools import ablate
 
 PAGE = "before\n<!-- ablation -->\nold\n<!-- /ablation -->\nafter\n"
@@ -48,7 +47,7 @@ def test_full_size_commands_are_what_the_scripts_accept(name):
         assert recipe.epochs * recipe.repeats == {"image": 100, "video": 200}[kind]
     for command in before:
         _, recipe, _ = engine.parse_recipe(pretrain.RECIPES, "", shlex.split(command)[3:])
-        pretrain.check(recipe, Samples(kind, ["x"], [0], []))
+        pretrain.check(recipe)
         assert recipe.epochs == 300 and f"--init {recipe.out}/last.pt" in fine
         default = pretrain.RECIPES[ablate.FULL[kind][0].split()[1]]
         changed = [key for key in ("target", "mask", "norm", "color", "bins", "cell")

@@ -238,10 +238,9 @@ def test_rows_that_cannot_be_used_are_counted_and_named(movies, tmp_path):
     assert np.array_equal(frames[0].boxes, [*before[0].boxes, *[(0.1, 0.2, 0.3, 0.4)] * 2])
     assert [np.flatnonzero(row).tolist() for row in frames[0].targets[-2:]] == [[2, 6], [4]]
     assert ava.fingerprint_of(frames[1:]) == ava.fingerprint_of(before[1:])
-    for words in ("2 rows left out, second outside 902 to 1798", "2 rows left out, box inverted",
-                  "2 rows left out, class outside 1 to 80", "2 rows left out, not video",
-                  "1 rows left out, movie missing", "nowhere",
-                  "1 rows left out, box outside the picture"):
+    for words in ("left out, second outside 902 to 1798: 2", "left out, box inverted: 2",
+                  "left out, class outside 1 to 80: 2", "score or person: 2",
+                  "persons count as missed): 1", "nowhere", "not pixels: 1"):
         assert words in said, words
     assert find(folder, "train", box_score=0.4)[0][0].targets[:, 8].any()
     truth = {}                                                      # the true boxes of key frames

@@ -73,7 +73,7 @@ def test_log_of_a_killed_run_is_cut(tmp_path):
     path.write_bytes(b'{"step": 10}\n\n{"ste\xff\x00\n[3]\n{"step": 20}\n')
     said = []
     engine.drop_later_lines(str(path), 20, said.append)
-    assert path.read_text() == '{"step": 10}\n{"step": 20}\n' and "3 damaged" in said[0]
+    assert path.read_text() == '{"step": 10}\n{"step": 20}\n' and "left out: 3" in said[0]
 
 
 def test_numpy_numbers_beside_the_weights(tmp_path):

@@ -136,7 +136,7 @@ def test_comparison_over_seeds(monkeypatch, capsys, tmp_path):
     for scratch["top1"], apart in ((0.2, True), (0.545, False)):
         finetune.main()
         output = capsys.readouterr().out
-        assert "2 labels a class" in output and ("is above each run" in output) == apart
+        assert "labels a class: 2" in output and ("is above each run" in output) == apart
         assert re.search(r"fine-tuned +54.00 +55.00 +56.00 +55.00\n", output)
     assert f"pre-training: {55 - 54.5:+.1f} points" in output
     assert seen == {

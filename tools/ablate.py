@@ -126,6 +126,7 @@ def main():
     begin, end = MARKERS.format(""), MARKERS.format("/")
     before, _, rest = Path(PAGE).read_text().partition(begin)
     Path(PAGE).write_text(f"{before}{begin}\n{markdown(lines)}\n{end}{rest.partition(end)[2]}")
+    print(f"wrote {PAGE}, from the results in {RESULTS}: {len(lines)}")
 
 
 if __name__ == "__main__":

@@ -175,9 +175,10 @@ def main():
     parser.add_argument("--rounds", type=int, help="turns of each side; default 7")
     parser.add_argument("--json", help="file for all lines")
     args = parser.parse_args()
+    engine.check_numbers(args, positive=("batch", "rounds"))
     rounds = args.rounds or (3 if args.quick else 7)
     files = ("mp4", 340, 256), ("mp4", 1280, 720), ("jpg", 500, 375)
-    about = f"{machine()}, {rounds} rounds"
+    about = f"{machine()}, rounds: {rounds}"
     print(f"{about}\n{'':44}{'ours':>9}{'plain':>14}  ratio")
     benches = [bench_parts(rounds)]
     for name in args.models or (["mvitv2_s"] if args.quick else BATCH):

@@ -131,7 +131,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--small", action="store_true", help="smaller and shorter")
     args = parser.parse_args()
-    print(f"{bench.machine()}, {args.rounds} rounds\n")
+    engine.check_numbers(args, positive=("rounds",))
+    print(f"{bench.machine()}, rounds: {args.rounds}\n")
     print(bench.table(list(rows(args.rounds, args.small))))
 
 

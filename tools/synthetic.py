@@ -246,4 +246,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    import engine  # not above: it loads torch, which the child above does without
+
+    engine.run_main(main)
