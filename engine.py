@@ -272,8 +272,9 @@ def print_setup(recipes, name, recipe, model, optimizer, world, device_batch, am
     """What is about to be trained, and how, with what differs from the row `name` of recipes."""
     row = vars(recipes.get(name, recipe))
     changed = [f"{key}={value}" for key, value in vars(recipe).items() if value != row[key]]
-    print0(textwrap.fill(f"recipe {name} with {' '.join(changed) or 'nothing changed'}; all values "
-                         f"are in {recipe.out}/recipe.json", 100, break_long_words=False))
+    line = (f"recipe {name} with {' '.join(changed) or 'nothing changed'}; all values are in "
+            f"{recipe.out}/recipe.json")
+    print0(textwrap.fill(line, 100, break_long_words=False, break_on_hyphens=False))
     size, weights = recipe.batch_size, list(model.parameters())
     stem = optimizer.param_groups[0]["lr_scale"]
     on_cpu = weights[0].device.type == "cpu"
@@ -315,22 +316,24 @@ def read_checkpoint(path):
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
+    is_safetensors = str(path).endswith(".safetensors")
     try:
         with torch.serialization.safe_globals(SAFE_TYPES):
-            checkpoint = (read_safetensors(path) if path.endswith(".safetensors") else
+            checkpoint = (read_safetensors(path) if is_safetensors else
                           torch.load(path, map_location="cpu", weights_only=True))
     except OSError:
         raise
     except Exception as error:                # zip, pickle, EOF: all mean the same
+        reason = str(error)[:200] if is_safetensors else looks_like(path, str(error))
         raise ValueError(f"{path} is damaged or not a checkpoint of tensors and plain values: "
-                         f"{looks_like(path, str(error))}") from None
+                         f"{reason}") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} is no checkpoint, it holds a {type(checkpoint).__name__}: "
                          "choose another file")
     parts = [checkpoint, *(part for part in checkpoint.values() if isinstance(part, dict))]
     for x in (x for part in parts for x in part.values() if torch.is_tensor(x)):
         if x.layout != torch.strided or x.device.type != "cpu" \
-                or x.numel() * x.element_size() > x.untyped_storage().nbytes():
+                or x.numel() * x.element_size() > max(x.untyped_storage().nbytes(), 2 ** 30):
             raise ValueError(f"{path} is damaged: a tensor of shape {tuple(x.shape)} lacks its "
                              "numbers, get the file again")
     return checkpoint
