@@ -25,11 +25,11 @@ class Options(argparse.Namespace):
     """A class that no file may make."""
 
 
-def laughs(depth=60, kind=list):
-    """Nested lists of 2**depth texts, in a file of a few hundred bytes."""
+def laughs():
+    """Nested lists of 2**60 texts, in a file of a few hundred bytes."""
     value = "ha"
-    for _ in range(depth):
-        value = kind([value, value])
+    for _ in range(60):
+        value = [value, value]
     return value
 
 
