@@ -199,7 +199,6 @@ def load(flags, print0):
         stored = {**stored, "clips": 1, "crops": 1}
     known = {key: stored.get(key, value) for key, value in DEFAULTS.items()}
     recipe = argparse.Namespace(**known | {"model": stored["model"]} | given)
-    models.check_sizes(vars(recipe))
     build = {**vars(recipe), "drop_path": 0.0, "dropout": 0.0, "checkpointing": False}
     if not recipe.num_classes:                                # features as they were pre-trained
         build["output_stride"] = stored.get("output_stride", 0)

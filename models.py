@@ -73,6 +73,7 @@ def build_encoder(recipe, **options):
     name = recipe["model"]
     if name not in MODELS:
         raise ValueError(f"model={name!r}: use one of {', '.join(MODELS)}")
+    check_sizes(recipe)
     keys = ("num_frames", "expand") if takes_clips(name) else ("patch_size",)
     options |= {key: recipe[key] for key in ("image_size", "drop_path", "checkpointing", *keys)}
     if takes_clips(name) and recipe.get("output_stride"):  # else the model's own
@@ -88,15 +89,13 @@ def build_maskfeat(recipe):
     target, (H, W) = recipe["target"], recipe["image_size"]
     if target not in TARGETS:
         raise ValueError(f"target={target!r}: use one of {', '.join(TARGETS)}")
-    if takes_clips(recipe["model"]):
-        T, stride = recipe["num_frames"], recipe["output_stride"]
-        for axis, side in zip("HW", (H, W)):
-            if side % stride:
-                low = side - side % stride
-                raise ValueError(f"clip {T}x{H}x{W} is not divisible by the output stride "
-                                 f"{stride}: {axis}={side}, use {low or stride} or {low + stride}")
     encoder = build_encoder(recipe, num_classes=0)
     patch = encoder.patch_stride[-1]
+    for axis, side in zip("HW", (H, W)):
+        if side % patch:
+            low = side - side % patch
+            raise ValueError(f"clip {recipe['num_frames']}x{H}x{W} is not divisible by the output "
+                             f"stride {patch}: {axis}={side}, use {low or patch} or {low + patch}")
     grid, fields = (H // patch, W // patch), lambda *keys: {key: recipe[key] for key in keys}
     if target == "hog":
         options = {"patch_size": patch, "scale": recipe.get("hog_scale", 1.0),

@@ -139,7 +139,8 @@ def check(recipe):
         raise ValueError(f"mask={recipe.mask} does not suit {recipe.model}: use --mask "
                          f"{'cube, tube or frame' if video else 'block'}")
     if recipe.target == ("label" if video else "mvit_b"):
-        raise ValueError(f"target={recipe.target} is not for {recipe.model}: use another --target")
+        raise ValueError(f"target={recipe.target} is not for {'videos' if video else 'images'}: "
+                         "use another --target")
     if recipe.teacher and recipe.target in ("hog", "pixel"):
         raise ValueError(f"--teacher {recipe.teacher}: target={recipe.target} has no teacher, "
                          "choose another --target")

@@ -25,11 +25,11 @@ class Options(argparse.Namespace):
     """A class that no file may make."""
 
 
-def laughs(depth=60, kind=list):
-    """Nested lists of 2**depth texts, in a file of a few hundred bytes."""
+def laughs():
+    """Nested lists of 2**60 texts, in a file of a few hundred bytes."""
     value = "ha"
-    for _ in range(depth):
-        value = kind([value, value])
+    for _ in range(60):
+        value = [value, value]
     return value
 
 
@@ -70,7 +70,7 @@ LIES = {  # what is changed in the recipe, the checkpoint or the weights, and a 
     "laughs": ({"norm": laughs()}, {}, {}, "norm"),
     "names": ({}, {"classes": laughs()}, {}, "class names"),
     "table": ({}, {}, {"encoder.pos_embed": torch.zeros(1, 26, 128)}, "encoder.pos_embed"),
-    "no numbers": ({}, {}, {"encoder.pos_embed": torch.zeros(1).expand(1, 10 ** 9, 128)}, "lacks"),
+    "rows": ({}, {}, {"encoder.pos_embed": torch.zeros(1).expand(1, 10 ** 9, 128)}, "pos_embed"),
 }
 READERS = {
     "pretrain": lambda path, flags: [*flags, "--out", path.parent, "--resume"],
@@ -90,7 +90,7 @@ def test_checkpoints_that_lie(lie, trained, tmp_path, monkeypatch, capsys):
     torch.save({**honest, "model": {**honest["model"], **weights}, "optimizer": {},
                 "recipe": {**honest["recipe"], **recipe}, **more}, path)
     for script, arguments in READERS.items():
-        if lie == "table" and script in ("convert", "ava"):
+        if lie in ("table", "rows") and script in ("convert", "ava"):
             continue                                          # these build nothing of it
         error = runs.refusal(monkeypatch, capsys, script, *arguments(path, flags))
         assert word in error and "last.pt" in error and len(error) < 500, (script, error)

@@ -68,7 +68,6 @@ def main():
         size = (args.image_size, args.image_size)
         recipe = dict(vars(args), model=name, image_size=size, num_frames=args.frames,
                       patch_size=16, drop_path=0.0, checkpointing=False, pool="mean")
-        models.check_sizes(recipe)
         with torch.device("meta"):
             model = models.build_classifier(recipe)
         sides = (args.frames, *size) if models.takes_clips(name) else size
