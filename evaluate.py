@@ -39,6 +39,7 @@ from tools.flops import count_flops
 from video import UnreadableFile
 
 FINETUNED = "out/finetune/last.pt"  # where finetune.py writes
+MAX_DRAWN = 2000                    # classes in the picture of the confusion matrix
 
 # What a checkpoint says of itself. These are the values where it says nothing.
 DEFAULTS = {
@@ -62,7 +63,7 @@ def test(model, recipe, dataset, classes, device, rank, world):
 
     Returns a dict, the same on all ranks: "view_top1", "view_top5" (each view judged alone),
     "top1", "top5" (softmax averaged over the views of a file), "files", "unreadable", "clips",
-    "crops", "per_class" {name: [accuracy, files]}, "confusion" (rows: truth).
+    "crops", "per_class" {name: [accuracy, files]}, "confusion" [[true class, predicted, files]].
     """
     # model.forward, not model: one compiled for training would be compiled again for each shape.
     forward = model.eval().forward
@@ -71,16 +72,17 @@ def test(model, recipe, dataset, classes, device, rank, world):
         "testing")
     scores = views.mean(axis=1, dtype=np.float64)
     flat, repeated = views.reshape(-1, views.shape[2]), labels.repeat(views.shape[1])
-    confusion = np.zeros((len(classes), len(classes)), int)
-    np.add.at(confusion, (labels, np.argsort(-scores, axis=1, kind="stable")[:, 0]), 1)
+    predicted, count = np.argsort(-scores, axis=1, kind="stable")[:, 0], len(classes)
+    files, right = np.bincount(labels, minlength=count), labels[labels == predicted]
+    shares = np.bincount(right, minlength=count) / np.maximum(files, 1)
+    pairs, times = np.unique(np.stack([labels, predicted]), axis=1, return_counts=True)
     return {
         "files": len(labels), "unreadable": [list(entry) for entry in unreadable],
         "clips": dataset.clips, "crops": dataset.crops,
         "view_top1": accuracy(flat, repeated, 1), "view_top5": accuracy(flat, repeated, 5),
         "top1": accuracy(scores, labels, 1), "top5": accuracy(scores, labels, 5),
-        "per_class": {name: [row[i] / max(row.sum(), 1), int(row.sum())]
-                      for i, (name, row) in enumerate(zip(classes, confusion))},
-        "confusion": confusion.tolist()}
+        "per_class": dict(zip(classes, map(list, zip(shares.tolist(), files.tolist())))),
+        "confusion": np.stack([*pairs, times], axis=1).tolist()}
 
 
 def run_test(model, recipe, samples, classes, stem, device, rank, world, print0):
@@ -102,15 +104,18 @@ def run_test(model, recipe, samples, classes, stem, device, rank, world, print0)
         with open(stem + ".json.tmp", "w") as f:
             json.dump(results, f, indent=1)
         os.replace(stem + ".json.tmp", stem + ".json")        # each appears whole or not at all
-        draw_confusion(results["confusion"], classes, stem + ".tmp.png")
-        os.replace(stem + ".tmp.png", stem + ".png")
-        print0(f"wrote {stem}.json, {stem}.png")
+        written = [stem + ".json"]
+        if len(classes) <= MAX_DRAWN:
+            draw_confusion(results["confusion"], classes, stem + ".tmp.png")
+            os.replace(stem + ".tmp.png", stem + ".png")
+            written.append(stem + ".png")
+        print0(f"wrote {', '.join(written)}")
     return results
 
 
 def describe(results, kind):
     """The lines to print: accuracies, classes (all, or the worst ten), what could not be read."""
-    files, classes = results["files"], len(results["confusion"])
+    files, classes = results["files"], len(results["per_class"])
     line = f"{kind}s: {files}, clips x crops: {results['clips']} x {results['crops']}"
     for level, key in ((kind, ""), ("clip" if kind == "video" else "crop", "view_")):
         for k in (1, 5) if classes > 5 else (1,):
@@ -131,8 +136,13 @@ def describe(results, kind):
 
 
 def draw_confusion(confusion, classes, path):
-    """The confusion matrix as a PNG: rows are true classes, brightness is the share of a row."""
-    confusion = np.asarray(confusion)
+    """The confusion matrix as a PNG: rows are true classes, brightness is the share of a row.
+
+    confusion: as of `test`.
+    """
+    truth, predicted, files = np.array(confusion).T
+    confusion = np.zeros((len(classes), len(classes)), int)
+    confusion[truth, predicted] = files
     side = max(2, min(28, 1200 // len(confusion)))                            # pixels of a cell
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)   # (K, K)
     dark, bright = np.array([24, 26, 40]), np.array([255, 226, 120])

@@ -394,7 +394,11 @@ def _read_kinetics_table(root, tables, split):
     rows = {}
     for name, table in tables.items():           # both, so that a class has one label in each
         if table:
-            rows[name] = list(csv.DictReader(io.StringIO(_read_text(table)), skipinitialspace=True))
+            text = io.StringIO(_read_text(table))
+            try:
+                rows[name] = list(csv.DictReader(text, skipinitialspace=True))
+            except csv.Error as error:
+                raise ValueError(f"{table} is no csv: {error}; get it again") from None
     classes = sort_classes(class_name(row["label"] or "") for part in rows.values() for row in part)
     number = {name: label for label, name in enumerate(classes)}
     files, paths, labels, missing = _videos_by_name(root), [], [], []
