@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+import checkpoints
 import data
 import layouts
 import models
@@ -517,7 +518,7 @@ def start_weights(detector, recipe, print0):
             raise FileNotFoundError(f"there is no {' or '.join(STARTS)}: run pretrain.py first, or "
                                     "give --init CKPT, or --init '' to start from scratch")
     if path:
-        checkpoint = engine.read_checkpoint(path)
+        checkpoint = checkpoints.read_checkpoint(path)
         models.check_checkpoint(path, checkpoint)
         stored = foreign_recipe(checkpoint)
         for key in ("model", "expand"):
@@ -542,7 +543,7 @@ def train(name, recipe, overrides, rank, world, device, print0):
         recipe, len(frames), world, "batch_size" in overrides, print0)
     steps_per_epoch = len(frames) // recipe.batch_size
 
-    checkpoint = engine.find_checkpoint(recipe)
+    checkpoint = checkpoints.find_checkpoint(recipe)
     engine.seed_all(recipe.seed)
     detector = build(recipe)
     if not checkpoint:
@@ -875,10 +876,10 @@ def dry_run(recipe, device, print0):
 
 def load_for_test(recipe, overrides, print0):
     """(recipe, detector) of the checkpoint recipe.eval. Flags that were given come first."""
-    checkpoint = engine.read_checkpoint(recipe.eval)
+    checkpoint = checkpoints.read_checkpoint(recipe.eval)
     models.check_checkpoint(recipe.eval, checkpoint)
     stored = foreign_recipe(checkpoint)
-    engine.check_stored(recipe.eval, stored, dataclasses.asdict(recipe))
+    checkpoints.check_stored(recipe.eval, stored, dataclasses.asdict(recipe))
     if stored.get("num_classes") != CLASSES:
         raise ValueError(f"--eval {recipe.eval} has {stored.get('num_classes') or 'no'} classes, "
                          f"not {CLASSES}: use it for --init")

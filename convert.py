@@ -15,13 +15,13 @@ import re
 import shutil
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
-from engine import read_checkpoint, run_main, save_checkpoint
+from engine import run_main
 
 import torch
 import torch.nn.functional as F
 
+from checkpoints import read_checkpoint, save_checkpoint, write_safetensors
 from models import build_classifier, build_maskfeat, check_checkpoint, takes_clips
-from safetensors_file import write_safetensors
 from teachers import IMAGENET, KINETICS
 
 # Format: (pattern of names that no format below has, rows of a fragment of their and of our names).

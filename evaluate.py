@@ -28,6 +28,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+import checkpoints
 import convert
 import data
 import features
@@ -201,7 +202,7 @@ def predict(model, recipe, classes, device, print0):
 def load(flags, print0):
     """(recipe, model, class names or []) of the checkpoint. recipe: a Namespace of what the
     checkpoint says of itself, unless flags say otherwise."""
-    checkpoint = engine.read_checkpoint(flags.checkpoint)
+    checkpoint = checkpoints.read_checkpoint(flags.checkpoint)
     models.check_checkpoint(flags.checkpoint, checkpoint)
     stored = convert.foreign_recipe(checkpoint)
     given = {key: value for key, value in vars(flags).items() if value is not None}

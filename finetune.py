@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 import augment
+import checkpoints
 import convert
 import data
 import evaluate
@@ -253,7 +254,7 @@ def train(name, recipe, overrides, rank, world, device):
     steps_per_epoch = len(samples) // recipe.batch_size
 
     # --------------------------------------------------------------------- model, optimizer, resume
-    checkpoint = engine.find_checkpoint(recipe)
+    checkpoint = checkpoints.find_checkpoint(recipe)
     engine.seed_all(recipe.seed)
     model = make_model(recipe, checkpoint is not None, rank).to(device)
     amp, autocast, scaler = engine.mixed_precision(recipe.amp, device)

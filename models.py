@@ -1,8 +1,7 @@
 """Models by name: the pre-training model and the classifier that a recipe describes."""
 import math
 
-import engine
-
+import checkpoints
 import mvit
 import vit
 from maskfeat import MaskFeat
@@ -56,13 +55,13 @@ def check_checkpoint(path, checkpoint):
     """Raise ValueError if a checkpoint of ours describes no model. Those of others pass."""
     if "recipe" in checkpoint:
         recipe, names = checkpoint["recipe"], checkpoint.get("classes", [])
-        engine.check_stored(path, recipe, FIELDS)
-        engine.check_stored(path, {"model": None, **checkpoint}, {"model": {}})
+        checkpoints.check_stored(path, recipe, FIELDS)
+        checkpoints.check_stored(path, {"model": None, **checkpoint}, {"model": {}})
         if lacking := {"model", "image_size"} - recipe.keys():
             raise ValueError(f"{path} is no checkpoint of ours, its recipe lacks {min(lacking)}: "
                              "choose another")
         check_sizes(recipe, f"{path} is damaged: ")
-        if not (isinstance(names, list) and all(engine.is_like(name, "") for name in names)
+        if not (isinstance(names, list) and all(checkpoints.is_like(name, "") for name in names)
                 and len(names) in (0, recipe.get("num_classes"))):
             raise ValueError(f"{path} is damaged: its class names are not a list of "
                              f"{recipe.get('num_classes')} texts, choose another checkpoint")

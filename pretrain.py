@@ -27,6 +27,7 @@ from engine import option
 import torch
 from tqdm import tqdm
 
+import checkpoints
 import convert
 import data
 import heldout
@@ -182,7 +183,7 @@ def main():
     steps_per_epoch = len(samples) // recipe.batch_size
 
     # --------------------------------------------------------------------- model, optimizer, resume
-    checkpoint = None if recipe.dry_run else engine.find_checkpoint(recipe)
+    checkpoint = None if recipe.dry_run else checkpoints.find_checkpoint(recipe)
     engine.seed_all(recipe.seed)
     model = models.build_maskfeat(dataclasses.asdict(recipe))
     if recipe.init and checkpoint is None:                    # head and mask token may be fresh

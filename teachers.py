@@ -4,14 +4,12 @@
     teacher(images)     # (B, 3, H, W), normalized by teacher.mean and .std -> (B, 768, h, w)
 
 Modules carry the names of the public files (DALL-E, torchvision, SlowFast, and timm for ViTs), so
-that these load by name. Files are read by `engine.read_checkpoint`, which makes nothing of them but
+that these load by name. Files are read by `read_checkpoint`, which makes nothing of them but
 tensors and plain values.
 """
 import math
 import re
 from collections import OrderedDict
-
-from engine import read_checkpoint
 
 import torch
 import torch.nn as nn
@@ -19,6 +17,7 @@ import torch.nn.functional as F
 
 import mvit
 import vit
+from checkpoints import read_checkpoint
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 KINETICS = (0.45,) * 3, (0.225,) * 3

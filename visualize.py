@@ -9,7 +9,7 @@ animation (.gif). A class (dVAE, pseudo-labels) has a color, features show princ
 import os
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
-from engine import check_weights, read_checkpoint, read_log, run_main
+from engine import read_log, run_main
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 import layouts
 import masking
+from checkpoints import check_weights, read_checkpoint
 from hog import draw_hog, unpatch_hog
 from models import build_maskfeat, check_checkpoint
 

@@ -13,10 +13,11 @@ from types import SimpleNamespace
 from unittest import mock
 
 import engine
-from engine import read_checkpoint
 
 import torch
 from conftest import ROOT
+
+from checkpoints import read_checkpoint
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 # 12 clips of 2 classes, batch 4: 3 steps per epoch, 9 steps. Batches, masks and lr come from the

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+import checkpoints
 import finetune
 import pretrain
 from tools import ablate
@@ -75,7 +76,7 @@ def test_rows_run_once(folder, monkeypatch):
     run(monkeypatch, *flags)
     lines = [json.loads(text) for text in open(ablate.RESULTS)]
     assert [one["row"] for one in lines] == ["scratch", "hog-none"] and lines[0]["files"] == 4
-    checkpoint = engine.read_checkpoint("out/ablate/hog-none/pretrain/last.pt")
+    checkpoint = checkpoints.read_checkpoint("out/ablate/hog-none/pretrain/last.pt")
     assert checkpoint["recipe"]["norm"] == "none" and checkpoint["recipe"]["epochs"] == 1
     shutil.rmtree(folder / "images")
     run(monkeypatch, *flags)                                  # nothing is left to do

@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import engine
-from engine import read_checkpoint
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from runs import assert_same_weights, log_of
 
 import ava
 import video
+from checkpoints import read_checkpoint
 from models import build_classifier
 from tools import synthetic
 

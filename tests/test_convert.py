@@ -7,8 +7,6 @@ import re
 import struct
 import sys
 
-from engine import read_checkpoint, save_checkpoint
-
 import numpy as np
 import pytest
 import runs
@@ -19,9 +17,9 @@ from test_teachers import Hostile
 
 import convert
 import mvit
+from checkpoints import read_checkpoint, read_safetensors, save_checkpoint, write_safetensors
 from convert import export, foreign_recipe, load_weights, recognize, rename
 from models import build_classifier, build_maskfeat
-from safetensors_file import read_safetensors, write_safetensors
 from vit import ViT
 
 SHARED = dict(patch_size=8, expand="mlp", drop_path=0.0, checkpointing=False, num_frames=4,

@@ -9,13 +9,15 @@ import sys
 import time
 
 import engine
-from engine import parse_recipe, read_checkpoint, save_checkpoint, usable_cores
+from engine import parse_recipe, usable_cores
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 from conftest import ROOT
+
+from checkpoints import read_checkpoint, save_checkpoint
 
 
 def test_lr_shape():

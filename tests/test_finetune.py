@@ -4,7 +4,7 @@ import re
 import shutil
 import sys
 
-from engine import layer_id, param_groups, read_checkpoint
+from engine import layer_id, param_groups
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from runs import SCRATCH, log_of
 
 import finetune
 import layouts
+from checkpoints import read_checkpoint
 from models import build_classifier
 
 

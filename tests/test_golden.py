@@ -1,7 +1,7 @@
 """Our models against figures of the release, through checkpoints in its layout."""
 import json
 
-from engine import lr_at, param_groups, read_checkpoint
+from engine import lr_at, param_groups
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import GOLDEN, golden_input, golden_mask
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from checkpoints import read_checkpoint
 from convert import foreign_recipe, load_weights, recognize
 from models import MODELS, build_maskfeat
 

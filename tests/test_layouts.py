@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import checkpoints
 import layouts
 
 
@@ -303,15 +304,15 @@ def test_a_loop_of_links_is_walked_once(tmp_path):
 
 def test_names_that_are_not_utf_8_are_kept(tmp_path):
     """By a list, a checkpoint and an npz."""
-    engine, name = pytest.importorskip("engine"), os.fsdecode(b"caf\xe9")
+    name = os.fsdecode(b"caf\xe9")
     try:
         touch(tmp_path, f"{name}/{name}.png", "b/1.png")
     except OSError:
         pytest.skip("the file system takes UTF-8 only")
     (tmp_path / "train.csv").write_bytes(b"caf\xe9/caf\xe9.png 0\nb/1.png 1\n")
     assert layouts.find_samples(tmp_path).paths[0] == str(tmp_path / name / f"{name}.png")
-    engine.save_checkpoint(str(tmp_path / "last.pt"), {"classes": [name]})
-    assert engine.read_checkpoint(str(tmp_path / "last.pt"))["classes"] == [name]
+    checkpoints.save_checkpoint(str(tmp_path / "last.pt"), {"classes": [name]})
+    assert checkpoints.read_checkpoint(str(tmp_path / "last.pt"))["classes"] == [name]
     np.savez(tmp_path / "x.npz", classes=np.array([name]))
     assert np.load(tmp_path / "x.npz")["classes"].tolist() == [name]
 

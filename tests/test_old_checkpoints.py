@@ -7,8 +7,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-from engine import read_checkpoint
-
 import pytest
 import runs
 import torch
@@ -19,6 +17,7 @@ import data
 import models
 import mvit
 import video
+from checkpoints import read_checkpoint
 from convert import load_weights
 
 FLAGS = ["--model", "mvit_tiny", "--image-size", 32, "--frames", 4, "--sampling-rate", 2,

@@ -4,14 +4,14 @@ import os
 import re
 import shutil
 
-from engine import read_checkpoint
-
 import numpy as np
 import pytest
 import runs
 import torch
 from PIL import Image
 from runs import log_of
+
+from checkpoints import read_checkpoint
 
 
 def flags_of(data, out, *flags):

@@ -1,11 +1,11 @@
 """Runs that are killed or stopped go on as if nothing had happened."""
 import signal
 
-from engine import read_checkpoint
-
 import numpy as np
 import pytest
 import runs
+
+from checkpoints import read_checkpoint
 
 pytestmark = pytest.mark.slow
 WHOLE = {"pretrain": "pretrained", "finetune": "finetuned"}                  # fixtures

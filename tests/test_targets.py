@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from test_teachers import Hostile, keys, save
 
+import checkpoints
 import data
 import layouts
 import pretrain
@@ -367,7 +368,7 @@ def test_pretraining(kind, target, teacher, flags, width, images, clips, made, s
     assert [line["step"] for line in log] == [1, 2]
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in log)
     assert all(line["unreadable"] == 0 for line in log)
-    state = engine.read_checkpoint(out / "last.pt")["model"]
+    state = checkpoints.read_checkpoint(out / "last.pt")["model"]
     assert not any(name.startswith("target") for name in state)
     assert len(state["head.bias"]) == width
     if teacher:
@@ -392,7 +393,7 @@ def test_stopped_and_resumed(target, images, made, script, tmp_path, monkeypatch
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(engine.StopSignal, "agreed", lambda self: next(asked))
         script(pretrain, *flags, "--out", tmp_path / "stopped")
-    assert engine.read_checkpoint(tmp_path / "stopped/last.pt")["step"] == 3
+    assert checkpoints.read_checkpoint(tmp_path / "stopped/last.pt")["step"] == 3
     script(pretrain, *flags, "--out", tmp_path / "stopped", "--resume")
     runs.assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
 

@@ -7,8 +7,6 @@ import sys
 import types
 import zlib
 
-from engine import read_checkpoint
-
 import numpy as np
 import pytest
 import torch
@@ -17,6 +15,7 @@ from conftest import GOLDEN, golden_input
 
 import teachers
 import vit
+from checkpoints import read_checkpoint
 from tools.flops import Counter
 
 KEYS = {"dvae": "dvae_encoder", "dino": "dino_vitb16_backbone",

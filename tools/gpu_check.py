@@ -24,6 +24,7 @@ import engine
 import numpy as np
 import torch
 
+import checkpoints
 import convert
 import data
 import layouts
@@ -74,7 +75,7 @@ def golden_rows(name, x_shape, mask_shape):
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/{name}.pyth"
         make_checkpoint.main(str(GOLDEN / f"keys_{name}.json"), path)
-        recipe = convert.foreign_recipe(convert.recognize(engine.read_checkpoint(path))[1])
+        recipe = convert.foreign_recipe(convert.recognize(checkpoints.read_checkpoint(path))[1])
         model = models.build_maskfeat(recipe)
         convert.load_weights(model, path, verbose=False)
     model, z = model.to(DEVICE), np.load(GOLDEN / f"{name}.npz")
