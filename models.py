@@ -110,6 +110,13 @@ def build_maskfeat(recipe):
     return MaskFeat(encoder, TARGETS[target](**options))
 
 
+def token_grid(recipe, encoder):
+    """(t, h, w) of the tokens that a clip becomes, (h, w) of those of an image."""
+    sides = (recipe["num_frames"], *recipe["image_size"]) if takes_clips(recipe["model"]) \
+        else recipe["image_size"]
+    return tuple(side // stride for side, stride in zip(sides, encoder.patch_stride))
+
+
 def build_classifier(recipe):
     """The fine-tuning model of a recipe, a dict of the fields of finetune.Recipe."""
     return build_encoder(recipe, num_classes=recipe["num_classes"], pool=recipe["pool"],

@@ -189,16 +189,8 @@ def main():
     if recipe.init and checkpoint is None:                    # head and mask token may be fresh
         convert.load_weights(model, recipe.init, verbose=rank == 0)
     model.to(device)
-    stride = model.encoder.patch_stride                       # pixels per token along [T,] H, W
-    grid = tuple(n // s for n, s in zip((recipe.num_frames, *recipe.image_size)[-len(stride):],
-                                        stride))
-    draw_mask = functools.partial(masking.draw_mask, recipe.mask, grid, recipe.mask_ratio,
-                                  frame_runs=recipe.frame_runs)
-    make_dataset = lambda samples: data.PretrainDataset(
-        samples, recipe.image_size, recipe.num_frames if samples.kind == "video" else None,
-        recipe.sampling_rate, draw_mask, recipe.seed, recipe.crop_scale, flip=recipe.flip,
-        **data.target_inputs(model.target, samples.paths, grid[-2:], stride[0], recipe.teacher))
-    dataset = make_dataset(samples)
+    grid = models.token_grid(vars(recipe), model.encoder)
+    dataset = make_dataset(recipe, samples, model, grid)
     amp, autocast, scaler = engine.mixed_precision(recipe.amp, device)
     optimizer = engine.make_optimizer(model, recipe)
     engine.print_setup(RECIPES, name, recipe, model, optimizer, world, device_batch, amp,
@@ -230,14 +222,14 @@ def main():
         print0(f"{recipe.data} has no validation part that the target can use: loss and pictures "
                "show training samples")
     held_out, val_loss = None, None
-    if recipe.val_samples:                                    # at most a tenth of an epoch's time
-        count = min(recipe.val_samples, len(shown), -(-len(samples) // 4))
-        held_out = heldout.HeldOut(
-            model, make_dataset(layouts.spread(shown, count)), grid,
+    if recipe.val_samples:
+        few = layouts.spread(shown, min(recipe.val_samples, len(shown), -(-len(samples) // 4)))
+        held_out = heldout.HeldOut(                           # a tenth of an epoch's time, or less
+            model, make_dataset(recipe, few, model, grid), grid,
             functools.partial(to_device, recipe=recipe, model=model, device=device), autocast,
             recipe.device_batch, engine.loader_workers(recipe.workers, device), rank, world)
         levels = held_out.levels()
-        print0(f"loss without a network on {count} {source} {samples.kind}s: "
+        print0(f"loss without a network on {len(few)} {source} {few.kind}s: "
                + ", ".join(f"{rule} {level:.4f}" for rule, level in levels.items()))
         if run.step == 0:
             run.log(step=0, levels=levels)
@@ -266,6 +258,17 @@ def main():
     if rank == 0:
         written = draw_pictures(run, shown, model)
         print0(f"wrote {', '.join([run.checkpoint_path, run.log_path, *written])}")
+
+
+def make_dataset(recipe, samples, model, grid):
+    """Masked crops of the samples, and what the target needs. grid: of the predicted tokens."""
+    draw_mask = functools.partial(masking.draw_mask, recipe.mask, grid, recipe.mask_ratio,
+                                  frame_runs=recipe.frame_runs)
+    return data.PretrainDataset(
+        samples, recipe.image_size, recipe.num_frames if samples.kind == "video" else None,
+        recipe.sampling_rate, draw_mask, recipe.seed, recipe.crop_scale, flip=recipe.flip,
+        **data.target_inputs(model.target, samples.paths, grid[-2:], model.encoder.patch_stride[0],
+                             recipe.teacher))
 
 
 def to_device(batch, recipe, model, device):

@@ -21,7 +21,7 @@ import layouts
 import masking
 from checkpoints import check_weights, read_checkpoint
 from hog import draw_hog, unpatch_hog
-from models import build_maskfeat, check_checkpoint
+from models import build_maskfeat, check_checkpoint, token_grid
 
 ROWS = ("masked input", "prediction", "target", "original")
 NEEDED = {"model", "image_size", "num_frames", "sampling_rate", "output_stride", "patch_size",
@@ -103,7 +103,7 @@ def draw(model, recipe, paths, output, device="cpu", frames=4, seed=0):
     """
     stride = model.encoder.patch_stride
     T = recipe["num_frames"] if len(stride) == 3 else None
-    grid = tuple(n // s for n, s in zip((T, *recipe["image_size"])[-len(stride):], stride))
+    grid = token_grid(recipe, model.encoder)
     dataset = data.PretrainDataset(
         layouts.Samples("video" if T else "image", list(paths), [-1] * len(paths), []),
         recipe["image_size"], T, recipe["sampling_rate"],

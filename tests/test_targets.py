@@ -418,7 +418,7 @@ def test_dry_run(images, made, script, tmp_path, capsys):
     (["--target", "resnet50", "--teacher", "DINO"], "no tensor layer1"),
     (["--target", "dino", "--teacher", "DINO", "--image-size", 36, "--patch-size", 4], "36 .* 8"),
     (["--target", "hog", "--teacher", "DINO"], "has no teacher"),
-    (["--target", "mvit_b", "--teacher", "DINO"], "mvit_b is not for vit_tiny"),
+    (["--target", "mvit_b", "--teacher", "DINO"], "mvit_b is not for images"),
     (["--target", "label", "--teacher", "nowhere"], "8 of 8"),
     (["--target", "label", "--label-classes", 3], "classes 0 to 4 of 3")])
 def test_refused_before_training(images, made, script, tmp_path, flags, words):
