@@ -10,7 +10,8 @@ RoIAlign cuts each box out of the features, and a linear layer gives one logit p
 
 --data DIR has the published TABLES in DIR/annotations or DIR, and the movies, DIR/videos/**/NAME.*
 (with --movie-start 900 if cut there), or their frames in DIR/frames and DIR/frame_lists.
-Writes OUT/last.pt, log.jsonl, last_{center,full}.csv (for the official evaluator), .json, last.png.
+Writes OUT/last.pt, log.jsonl, recipe.json, last_{center,full}.csv (for the official evaluator),
+.json, last.png.
 
 Release: SlowFast's AVA loader, MViT's detection head, the ActivityNet evaluator. Differences:
 - Boxes that a crop leaves empty are dropped (release: --no-drop-empty).

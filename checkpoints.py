@@ -50,7 +50,9 @@ def read_checkpoint(path):
     except OSError:
         raise
     except Exception as error:                # zip, pickle, EOF: all mean the same
-        reason = str(error)[:200] if is_safetensors else looks_like(path, str(error))
+        reason = looks_like(path, str(error))
+        if is_safetensors:
+            reason = f"{str(error)[:200]}: get it again, or choose another file"
         raise ValueError(f"{path} is damaged or not a checkpoint of tensors and plain values: "
                          f"{reason}") from None
     if not isinstance(checkpoint, dict):
@@ -146,7 +148,7 @@ def check_resume(path, checkpoint, recipe, fingerprint, run_fields):
                          f"{', '.join(differs)}. Leave these flags out, or choose another --out")
     if checkpoint["data"] != fingerprint:
         raise ValueError(f"--resume: the files in {recipe.data} are not those that {path} was "
-                         "trained on: give back the old ones, or choose another --out")
+                         "trained on: restore the old files, or choose another --out")
 
 
 def load_optimizer(path, checkpoint, optimizer, scaler):

@@ -164,7 +164,7 @@ def load_weights(model, path, verbose=True):
               "left out": [old for old in found if old not in set(origin.values())]}
     parts, wrong = {part(new) for new in state}, []
     grids = None, getattr(getattr(model, "encoder", model), "grid", None)
-    if "pos_embed" in state:
+    if state.get("pos_embed", torch.empty(0)).ndim == 3:
         recipe = checkpoint.get("recipe", {}) if form == "ours" else {}
         known = "image_size" in recipe and "patch_size" in recipe
         grids = (tuple(side // recipe["patch_size"] for side in recipe["image_size"]) if known

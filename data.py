@@ -385,7 +385,7 @@ def notes_on_files(samples, recipe, count=16):
     offset = max(abs(a - b) / s for a, b, s in zip(mean, recipe.mean, recipe.std))
     if offset > 0.5 or min(a / s for a, s in zip(std, recipe.std)) < 1 / 3:
         notes.append(f"note: the colors of {samples.root} are far from "
-                     f"{stats_flags(recipe.mean, recipe.std)}; in {count} files: "
+                     f"{stats_flags(recipe.mean, recipe.std)}; in up to {count} files: "
                      f"{stats_flags(mean, std)}")
     if side < size:
         notes.append(f"note: {samples.root} has files of {side} pixels on the shorter side, which "

@@ -559,7 +559,10 @@ class Run:
         """Call draw() on rank 0 at the end of an epoch, within DRAW_SHARE of the time."""
         start = time.monotonic()
         if self.rank == 0 and self.step % self.steps_per_epoch == 0 and start >= self.draw_time:
-            draw()
+            try:
+                draw()
+            except (ValueError, OSError) as error:            # a picture must not end a run
+                self.print0(f"no picture: {error}")
             self.draw_time = time.monotonic() + (time.monotonic() - start) / DRAW_SHARE
             self.restart_clock()
 
@@ -584,7 +587,10 @@ def provenance(recipe, fingerprint, num_files):
     with contextlib.suppress(OSError, subprocess.SubprocessError):            # no git
         commit = subprocess.run(["git", "-C", code, "describe", "--always", "--dirty"], text=True,
                                 capture_output=True, timeout=10).stdout.strip()
-    versions = {name: metadata.version(name) for name in ("torch", "numpy", "pillow", "av")}
+    versions = {}
+    for name in ("torch", "numpy", "pillow", "av"):
+        with contextlib.suppress(metadata.PackageNotFoundError):              # Pillow-SIMD, say
+            versions[name] = metadata.version(name)
     return {"date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "command": shlex.join(sys.argv),
             "recipe": dict(vars(recipe)), "data": fingerprint, "files": num_files,
             "commit": commit, "python": platform.python_version(), **versions}
@@ -654,15 +660,16 @@ def check_numbers(recipe, positive=(), not_negative=(), shares=()):
     """
     ranges = ((positive, lambda v: v > 0, "positive"), (not_negative, lambda v: v >= 0,
               "zero or more"), (shares, lambda v: 0 <= v <= 1, "a share from 0 to 1"),
-              (("workers",), lambda v: -1 <= v <= 1024, "from -1 to 1024"))
+              (("workers",), lambda v: -1 <= v <= 1024, "from -1 to 1024"),
+              (("seed",), lambda v: 0 <= v <= 2 ** 63, "from 0 to 2**63"))
     for name, value in vars(recipe).items():
         for v in value if isinstance(value, (tuple, list)) else (value,):
             reason = next((words for names, fits, words in ranges
                            if name in names and v is not None and not fits(v)), "")
             if isinstance(v, float) and not math.isfinite(v):
                 reason = "finite"
-            elif isinstance(v, int) and abs(v) > (2 ** 63 if name == "seed" else 10 ** 6):
-                reason = "at most 2**63" if name == "seed" else "at most a million"
+            elif isinstance(v, int) and name != "seed" and abs(v) > 10 ** 6:
+                reason = "at most a million"
             if reason:
                 raise ValueError(f"{name}={value} is not {reason}: change "
                                  f"--{name.replace('_', '-')}")

@@ -9,7 +9,7 @@ A checkpoint of any format that convert.py knows will do. Model, sizes and numbe
 it unless flags say otherwise. A video is tested by several clips x crops, and the softmax is
 averaged over all of them (Tables 3, 5). Every file counts exactly once, under any number of
 processes. A file that cannot be read is named and left out. The test writes
-<checkpoint>_<clips>x<crops>.json and .png.
+<checkpoint>_<clips>x<crops>.json and, of up to 2000 classes, .png.
 
 --features writes an npz, a row for each file (or clip, with --every) of labeled or unlabeled data:
 features (n, D), labels (n,) with -1 for none, paths (n,), split (n,) train or val, classes (K,),
@@ -35,7 +35,7 @@ import features
 import layouts
 import models
 import probe
-from features import check_kind, on_views, over_views, view_dataset
+from features import on_views, over_views, view_dataset
 from tools.flops import count_flops
 from video import UnreadableFile
 
@@ -275,6 +275,8 @@ def parse_flags():
         for name in options:
             if getattr(flags, name) != parser.get_default(name) and not getattr(flags, task):
                 raise ValueError(f"--{name} goes with --{task} only")
+    if 0 < flags.every < 0.1:
+        raise ValueError(f"--every {flags.every}: use 0.1 s or more")
     if min(flags.shots) < 0:
         raise ValueError(f"--shots {min(flags.shots)}: use numbers of files, or 0 for all")
     if flags.image_size:
@@ -309,7 +311,7 @@ def main():
         features.run_probe(model, recipe, device, rank, world, print0)
     if flags.features or flags.probe:
         return
-    check_kind(recipe, layouts.find_samples(recipe.data, "val"))
+    models.check_kind(recipe.model, layouts.find_samples(recipe.data, "val"))
     samples, names = layouts.find_labeled(recipe.data, "val", classes=classes,
                                           num_classes=recipe.num_classes)
     if samples.classes and not classes:

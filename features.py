@@ -78,15 +78,6 @@ def over_views(function, dataset, recipe, device, rank, world, what):
 
 # ---------------------------------------------------------------------------------------- features
 
-def check_kind(recipe, samples):
-    """Raise ValueError unless the samples are what the checkpoint's model takes."""
-    kind = "video" if models.takes_clips(recipe.model) else "image"
-    if samples.kind != kind:
-        raise ValueError(f"{recipe.checkpoint} is {recipe.model} and takes {kind}s, but "
-                         f"{samples.root} holds {samples.kind}s: choose other data or another "
-                         "checkpoint")
-
-
 def pooled_and_tokens(model, x):
     """model.features (B, D), and all tokens (B, 1 + N, D), each of unit variance, in float16."""
     tokens, _ = model.encode(*model.embed(x))
@@ -118,12 +109,12 @@ def write_features(model, recipe, device, rank, world, print0):
     """--features: pooled features of all splits, or of those named. evaluate.py lists the keys."""
     if recipe.every and (not models.takes_clips(recipe.model) or recipe.segments
                          or recipe.clips > 1):
-        raise ValueError("--every takes single clips of consecutive frames: leave it out, or "
-                         "--clips and --segments")
+        raise ValueError("--every takes single clips of consecutive frames of videos: leave it out,"
+                         " or use --no-segments and one clip")
     parts = {split: layouts.find_samples(recipe.data, split)
              for split in recipe.split or layouts.splits_of(recipe.data)}
     for samples in parts.values():
-        check_kind(recipe, samples)
+        models.check_kind(recipe.model, samples)
     rows = [(path, label, split, start) for split, samples in parts.items()
             for path, label in zip(samples.paths, samples.labels)
             for start in (clip_starts(path, recipe) if recipe.every else [None])]
@@ -152,7 +143,7 @@ def run_probe(model, recipe, device, rank, world, print0):
     train, classes = layouts.find_labeled(recipe.data, "train")
     val, _ = layouts.find_labeled(recipe.data, "val", classes=classes)
     layouts.check_splits(train, val)
-    check_kind(recipe, val)
+    models.check_kind(recipe.model, val)
     numbers = replace(train, paths=list(range(len(train))))   # a draw is a list of numbers
     draws = {shots: [layouts.draw_per_class(numbers, shots, recipe.seed + i).paths if shots
                      else numbers.paths for i in range(recipe.seeds)] for shots in recipe.shots}
@@ -173,7 +164,8 @@ def run_probe(model, recipe, device, rank, world, print0):
     for shots, draw in draws.items():
         rows = [torch.from_numpy(np.flatnonzero(np.isin(own, chosen))) for chosen in draw]
         if not all(map(len, [test, *rows])):
-            raise ValueError(f"no file of one part of {recipe.data} can be read")
+            raise ValueError(f"no file of one part of {recipe.data} can be read: run python "
+                             f"data.py --check {recipe.data}")
         print0(f"{shots or 'all'} labels a class: mean top-1 in percent ± one standard error, "
                f"{val.kind}s: {len(test)}, chance: {100 / len(classes):.2f}, draws: {len(rows)}")
         found = probe.compare(features, tokens, labels, rows, test, len(classes), device,
@@ -188,6 +180,7 @@ def check_token_memory(model, recipe, dataset, device):
     with torch.no_grad():
         tokens, _ = model.encode(*model.embed(torch.zeros(1, *dataset.shape[1:], device=device)))
     needed = 2 * 2 * len(dataset) * dataset.views * tokens.numel() / 2 ** 30  # float16, twice
+    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))      # each process keeps all
     if needed > recipe.token_memory:
         raise ValueError(f"the attentive probe needs {needed:.1f} GiB for the tokens of "
                          f"{len(dataset)} files, --token-memory is {recipe.token_memory:g}: raise "

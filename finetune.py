@@ -7,8 +7,9 @@
         --init out/pretrain/last.pt
 
 --init starts from the weights of any checkpoint that convert.py knows. A run that was stopped or
-killed goes on from OUT/last.pt with --resume. Writes OUT/last.pt, OUT/log.jsonl, and the test as
-OUT/last_<clips>x<crops>.json and .png. evaluate.py tests, predicts, and writes features.
+killed goes on from OUT/last.pt with --resume. Writes OUT/last.pt, OUT/log.jsonl, OUT/recipe.json,
+OUT/loss.png, and the test as OUT/last_<clips>x<crops>.json and .png. evaluate.py tests, predicts,
+and writes features.
 """
 import dataclasses
 import functools
@@ -29,6 +30,7 @@ import checkpoints
 import convert
 import data
 import evaluate
+import features
 import layouts
 import models
 import visualize
@@ -302,7 +304,7 @@ def train(name, recipe, overrides, rank, world, device):
         run.end_step(step_loss, lr)                           # clip, step or skip, log
         every = recipe.val_epochs * steps_per_epoch
         if every and run.step % every == 0 and run.step < run.total_steps:
-            central = evaluate.view_dataset(val_samples, recipe)
+            central = features.view_dataset(val_samples, recipe)
             results = evaluate.test(model, recipe, central, classes, device, rank, world)
             model.train()
             print0(f"epoch {run.epoch:.0f}: validation top-1 {100 * results['top1']:.2f}, top-5 "

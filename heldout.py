@@ -12,7 +12,6 @@ release looks at such rules.
 import engine
 
 import torch
-import torch.nn.functional as F
 
 import data
 
@@ -51,7 +50,10 @@ class HeldOut:
         keys = [(0, index) for index in range(len(dataset))]
         batches = [keys[i:i + device_batch] for i in range(0, len(keys), device_batch)]
         self.numbers = range(rank, len(batches), world)
-        self.batches = list(data.make_loader(dataset, batches[rank::world], workers))
+        self.batches, self.unreadable = [], []                # [(path, reason)], replaced by others
+        for batch in data.make_loader(dataset, batches[rank::world], workers):
+            self.unreadable += batch.pop("unreadable")
+            self.batches.append({name: x.clone() for name, x in batch.items()})  # not shared memory
 
     @torch.no_grad()
     def over_batches(self, function):
@@ -73,22 +75,24 @@ class HeldOut:
 
     def levels(self):
         """{rule: its loss}, of the rules above."""
-        of = self.model.target
+        kind = self.model.target
 
         def total(x, mask, target_input):
             target = self.model.compute_target(x, target_input)               # (B, N, ...)
             if target.ndim == 2:                              # ids of tokens
-                target = F.one_hot(target, of.dim)
-            return target.flatten(0, 1).sum(0).cpu().double(), mask.numel()
+                counts = torch.bincount(target.flatten(), minlength=kind.dim)
+            else:
+                counts = target.flatten(0, 1).sum(0)
+            return counts.cpu().double(), mask.numel()
 
         def losses(x, mask, target_input):
             target, hidden = self.model.compute_target(x, target_input), mask.flatten(1)
-            if of.input_kind in ("view", "labels"):           # classes: their log probabilities
+            if kind.input_kind in ("view", "labels"):           # classes: their log probabilities
                 logits = mean.to(x.device).clamp(min=1e-12).log()
-                rules = {"mean": logits.expand(*hidden.shape, of.dim)}
+                rules = {"mean": logits.expand(*hidden.shape, kind.dim)}
             else:
                 rules = by_rules(target, hidden, self.grid, mean.to(x.device))
-            return {rule: of.loss(prediction, target, hidden).item()
+            return {rule: kind.loss(prediction, target, hidden).item()
                     for rule, prediction in rules.items()}, hidden.sum().item()
 
         sums, counts = zip(*self.over_batches(total))

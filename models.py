@@ -35,14 +35,15 @@ def check_kind(name, samples):
     if takes_clips(name) != (samples.kind == "video"):
         kind, others = ("clips", vit.MODELS) if takes_clips(name) else ("images", mvit.MODELS)
         raise ValueError(f"model={name} takes {kind}, but {samples.root} holds {samples.kind}s: "
-                         f"use --model {' or '.join(others)}")
+                         f"choose other data, or another model ({', '.join(others)})")
 
 
 def check_sizes(recipe, where=""):
     """Raise ValueError for a number of a recipe, a dict, outside LIMITS. where: names its file."""
     for name in LIMITS.keys() & recipe.keys():
         (least, most), value = LIMITS[name], recipe[name]
-        if not all(least <= v <= most for v in (value if isinstance(value, tuple) else (value,))):
+        numbers = value if isinstance(value, (tuple, list)) else (value,)
+        if not all(least <= v <= most for v in numbers):
             remedy = "choose another" if where else f"change --{name.replace('_', '-')}"
             raise ValueError(f"{where}{name}={value} is not from {least} to {most}: {remedy}")
     sides, patch = recipe.get("image_size", (1, 1)), recipe.get("patch_size", 1)

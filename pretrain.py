@@ -130,7 +130,7 @@ RECIPES = {
 # a mean over the masked tokens of each forward pass, so device_batch also changes how much a sample
 # with few masked tokens counts.)
 RUN_FIELDS = {"data", "out", "init", "resume", "device_batch", "amp", "compile", "checkpointing",
-              "workers", "save_minutes", "log_every", "dry_run", "val_samples"}
+              "workers", "save_minutes", "log_every", "dry_run"}
 
 
 def check(recipe):
@@ -229,10 +229,10 @@ def main():
             functools.partial(to_device, recipe=recipe, model=model, device=device), autocast,
             recipe.device_batch, engine.loader_workers(recipe.workers, device), rank, world)
         levels = held_out.levels()
+        for path, reason in engine.gather_list(held_out.unreadable):
+            print0(f"unreadable, replaced by another: {path}: {reason}")
         print0(f"loss without a network on {len(few)} {source} {few.kind}s: "
                + ", ".join(f"{rule} {level:.4f}" for rule, level in levels.items()))
-        if run.step == 0:
-            run.log(step=0, levels=levels)
 
     # ---------------------------------------------------------------------------------------- loop
     model.train()
@@ -246,6 +246,8 @@ def main():
             scaler.scale(loss / accumulate).backward()
             step_loss += loss.detach() / accumulate
         run.end_step(step_loss, lr)                           # clip, step or skip, log
+        if held_out and run.step == 1:
+            run.log(step=0, levels=levels)
         if held_out and run.step % steps_per_epoch == 0:
             val_loss = held_out.loss()
             run.log(step=run.step, epoch=run.epoch, val_loss=val_loss)
@@ -287,6 +289,7 @@ def find_shown(recipe, samples):
     has what the target needs."""
     try:
         shown = layouts.find_samples(recipe.data, "val")
+        models.check_kind(recipe.model, shown)
         if recipe.target == "label":
             data.find_maps(shown.paths, recipe.teacher)       # raises if one is missing
         return shown, "validation"

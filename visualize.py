@@ -77,6 +77,14 @@ def panels(recipe, frames, mask, prediction, target):
                      np.where(masked, pair[0], dimmed), pair[1], original], axis=1)
 
 
+def save(picture, path, **options):
+    """Save a picture that is there whole at any time."""
+    stem, ending = os.path.splitext(path)
+    beside = f"{stem}.tmp{ending}"
+    picture.save(beside, **options)
+    os.replace(beside, path)
+
+
 def sheet(columns, names):
     """Columns of pictures (n, 4, H, W, 3), at most eight side by side, with a name above each."""
     H, W = columns.shape[2:4]
@@ -132,21 +140,22 @@ def draw(model, recipe, paths, output, device="cpu", frames=4, seed=0):
         raise ValueError(f"no picture, since none of these can be read: {', '.join(paths)[:200]}")
     movie = np.stack(movie, axis=1)                                 # (t, files, 4, H, W, 3)
     shown = np.linspace(0, len(movie) - 1, min(frames, len(movie))).round().astype(int)
-    sheet(movie[shown].swapaxes(0, 1).reshape(-1, *movie.shape[2:]),
-          [f"frame {t * stride[0]}" if t else name for name in names for t in shown]).save(output)
+    columns = movie[shown].swapaxes(0, 1).reshape(-1, *movie.shape[2:])
+    titles = [f"frame {t * stride[0]}" if t else name for name in names for t in shown]
+    save(sheet(columns, titles), output)
     if T is None:
         return [output]
     gif = os.path.splitext(output)[0] + ".gif"
     stills = [sheet(columns, names) for columns in movie]
-    stills[0].save(gif, save_all=True, append_images=stills[1:], duration=250, loop=0)
+    save(stills[0], gif, save_all=True, append_images=stills[1:], duration=250, loop=0)
     return [output, gif]
 
 
 def draw_loss(logs, output):
     """Write the loss curves of one or several log.jsonl against epochs. Returns the paths written.
 
-    Of each run: the training loss, the loss on held-out samples (dark), and as level lines what
-    rules without a network reach there (heldout.py).
+    Of each run: the training loss, and the loss on held-out samples (dark). Of a single run also
+    what rules without a network reach there, as level lines (heldout.py).
     """
     runs, levels = [], {}
     for path in logs:
@@ -154,7 +163,8 @@ def draw_loss(logs, output):
         runs.append([np.array([(entry["epoch"], entry[key]) for entry in entries
                                if entry.get(key) is not None]).reshape(-1, 2).T
                      for key in ("loss", "val_loss")])
-        levels |= next((d["levels"] for d in entries if "levels" in d), {})
+        if len(logs) == 1:
+            levels = next((d["levels"] for d in entries if "levels" in d), {})
         if runs[-1][0].shape[1] < 2:
             raise ValueError(f"{path}: a curve needs two losses, found: {runs[-1][0].shape[1]}")
     # The first tenth of the epochs starts far above the rest, so what is above its end is cut off.
@@ -180,7 +190,7 @@ def draw_loss(logs, output):
             pen.line(list(zip(60 + 640 * epochs / end, height(losses))), color, width=2)
         if len(logs) > 1:
             pen.text((60, 356 + 16 * i), str(path), colors[1], font)
-    picture.save(output)
+    save(picture, output)
     return [output]
 
 

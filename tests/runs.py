@@ -55,11 +55,12 @@ def run(script, *flags, processes=1):
             engine.run_main(importlib.import_module(script.removesuffix(".py")).main)
         except SystemExit as exit:
             code = exit.code
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():                  # a failed run leaves its own
-        signal.signal(number, handler)
-    while engine._locks:                                      # they would end with the process
-        engine._locks.pop().close()
+        finally:
+            torch.set_num_threads(threads)
+            for number, handler in handlers.items():          # a failed run leaves its own
+                signal.signal(number, handler)
+            while engine._locks:                              # they would end with the process
+                engine._locks.pop().close()
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 from conftest import ROOT
 
+import visualize
 from checkpoints import read_checkpoint, save_checkpoint
 
 
@@ -335,6 +336,9 @@ def test_a_run_that_hardly_trained_ends_with_an_error(tmp_path, capsys):
         loss = model(torch.ones(1, 2)).square().sum() * 0 + scale
         (loss + model.weight.sum() * scale).backward()
         run.end_step(loss.detach(), lr)
+        run.draw_sometimes(lambda: visualize.draw_loss([run.log_path], str(tmp_path / "loss.png")))
     with pytest.raises(ValueError, match="7 of 14 steps were skipped"):
         run.finish()
-    assert capsys.readouterr().out.count("the training diverges") == 1
+    output = capsys.readouterr().out
+    assert output.count("the training diverges") == 1
+    assert "no picture" in output                             # after one step: no curve, no end

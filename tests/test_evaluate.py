@@ -61,7 +61,7 @@ def test_unreadable_video_is_named_not_replaced(evaluated, tmp_path):
     shutil.copy(GOLDEN / "old_finetune.pt", tmp_path / "last.pt")
     (tmp_path / "names.txt").write_text("square_up_down\n\ncircle_growing\n")
     output = evaluated(tmp_path / "last.pt", "--data", tmp_path / "bad", "--clips", 1, "--classes",
-                       tmp_path / "names.txt")
+                       tmp_path / "names.txt", "--mean", 0.4, 0.4, 0.4)
     assert "videos that could not be read and are not counted: 1" in output
     assert "circle_growing/0.mp4" in output and "chance: 50.00" in output and "top-5" not in output
     result = json.loads((tmp_path / "last_1x1.json").read_text())
@@ -81,7 +81,7 @@ def test_data_of_another_kind_are_refused(tmp_path, monkeypatch, capsys):
         name = "finetune" if not flags else "pretrain"
         error = runs.refusal(monkeypatch, capsys, "evaluate", GOLDEN / f"old_{name}.pt", "--data",
                              tmp_path, *flags)
-        assert "takes videos" in error and "holds images" in error
+        assert "takes clips" in error and "holds images" in error
 
 
 def test_predict_without_a_checkpoint(evaluated, tmp_path, monkeypatch, capsys):

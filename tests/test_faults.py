@@ -101,7 +101,7 @@ def test_checkpoints_that_lie(lie, trained, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("change, words", [
     ({"step": "3"}, "step"), ({"scaler": None}, "scaler"), ({"skipped": laughs()}, "skipped"),
     ({"optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}}, "optimizer"),
-    ({"data": "0" * 16}, "give back"), ({}, "Leave these flags out")])
+    ({"data": "0" * 16}, "restore the old"), ({}, "Leave these flags out")])
 def test_runs_that_cannot_go_on(change, words, trained, tmp_path, monkeypatch, capsys):
     torch.save({**trained[1], **change}, tmp_path / "last.pt")
     flags = [*trained[0], "--out", tmp_path, "--resume"] + ["--lr", 1] * (not change)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from PIL import Image
 
 import data
 import heldout
-from masking import cube_mask, draw_mask
+import layouts
+from masking import block_mask, cube_mask, draw_mask
 from models import build_maskfeat
 
 RECIPE = dict(image_size=(32, 32), num_frames=4, output_stride=8, patch_size=8, expand="mlp",
@@ -101,6 +103,17 @@ def test_losses_are_the_same_bits_under_two_ranks(monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         for found in pool.map(lambda rank: (rank.loss(), rank.levels()), ranks):
             assert found == want
+
+
+def test_files_that_cannot_be_read_are_told(tmp_path):
+    for i in range(4):
+        Image.new("RGB", (40, 40), (60 * i, 99, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_bytes(b"no image")
+    samples = layouts.find_samples(tmp_path)
+    dataset = data.PretrainDataset(samples, (32, 32), mask=lambda rng: block_mask((4, 4), 0.4, rng))
+    out = heldout.HeldOut(None, dataset, (4, 4), None, None, 3, 0)
+    assert [path for path, _ in out.unreadable] == [samples.paths[2]]
+    assert [len(batch["x"]) for batch in out.batches] == [3, 1]
 
 
 def test_classes_have_their_frequencies():
