@@ -880,7 +880,7 @@ def load_for_test(recipe, overrides, print0):
     checkpoint = checkpoints.read_checkpoint(recipe.eval)
     models.check_checkpoint(recipe.eval, checkpoint)
     stored = foreign_recipe(checkpoint)
-    checkpoints.check_stored(recipe.eval, stored, dataclasses.asdict(recipe))
+    checkpoints.check_stored(recipe.eval, stored, dataclasses.asdict(Recipe()))
     if stored.get("num_classes") != CLASSES:
         raise ValueError(f"--eval {recipe.eval} has {stored.get('num_classes') or 'no'} classes, "
                          f"not {CLASSES}: use it for --init")

@@ -139,8 +139,9 @@ def check_resume(path, checkpoint, recipe, fingerprint, run_fields):
                          "another --out")
     new = dataclasses.asdict(recipe)
     check_stored(path, checkpoint, needed)
-    check_stored(path, checkpoint["recipe"], new)
-    old = {**dataclasses.asdict(type(recipe)()), **checkpoint["recipe"]}
+    defaults = dataclasses.asdict(type(recipe)())
+    check_stored(path, checkpoint["recipe"], defaults)
+    old = {**defaults, **checkpoint["recipe"]}
     differs = [f"{key}={value} (was {old[key]})" for key, value in new.items()
                if key not in run_fields and value != old[key]]
     if differs:

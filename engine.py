@@ -727,7 +727,7 @@ def parse_recipe(recipes, description, argv=None, check=lambda path, checkpoint:
     if overrides.get("resume") and not named and os.path.isfile(path):
         checkpoint = read_checkpoint(path)
         stored = checkpoint.get("recipe", {})
-        check_stored(path, stored, dataclasses.asdict(row))
+        check_stored(path, stored, dataclasses.asdict(type(row)()))
         check(path, checkpoint)
         known = {field.name for field in dataclasses.fields(row)} & set(stored)
         name, row = "of the run", dataclasses.replace(row, **{key: stored[key] for key in known})
