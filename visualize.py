@@ -172,7 +172,7 @@ def draw_loss(logs, output):
     settled += [val_loss for _, (_, val_loss) in runs]
     values = np.concatenate([*settled, list(levels.values())])
     low, top, end = values.min() * 0.98, values.max() * 1.02, max(run[0][0][-1] for run in runs)
-    picture = Image.new("RGB", (720, 360 + 16 * len(runs)), "white")
+    picture = Image.new("RGB", (780, 360 + 16 * len(runs)), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
     height = lambda y: 20 + 300 * (top - np.minimum(y, top)) / max(top - low, 1e-12)
     for i in range(5):  # the axes go from (60, 320) to (700, 20)
@@ -182,7 +182,7 @@ def draw_loss(logs, output):
     pen.text((360, 342), "epoch", "black", font)
     for rule, level in levels.items():
         pen.line((60, height(level), 700, height(level)), "gray")
-        pen.text((696, height(level) - 1), rule, "gray", font, anchor="rb")
+        pen.text((706, height(level)), rule, "dimgray", font, anchor="lm")
     for i, (path, curves) in enumerate(zip(logs, runs)):
         colors = [("steelblue", "navy"), ("orange", "saddlebrown"), ("mediumseagreen", "darkgreen"),
                   ("orchid", "purple")][i % 4]
