@@ -74,7 +74,7 @@ def test_rows_run_once(folder, monkeypatch):
         run(patch, *flags)
     assert (folder / ablate.RESULTS).read_text() == ""
     run(monkeypatch, *flags)
-    lines = [json.loads(text) for text in open(ablate.RESULTS)]
+    lines = [json.loads(text) for text in (folder / ablate.RESULTS).read_text().splitlines()]
     assert [one["row"] for one in lines] == ["scratch", "hog-none"] and lines[0]["files"] == 4
     checkpoint = checkpoints.read_checkpoint("out/ablate/hog-none/pretrain/last.pt")
     assert checkpoint["recipe"]["norm"] == "none" and checkpoint["recipe"]["epochs"] == 1
@@ -99,5 +99,5 @@ def test_tables(folder, monkeypatch):
                  "| dVAE token | 82.8 | not run |  |"):
         assert text in page
     assert page.count("Ours") == 1 and "99" not in page and "Table 8" not in page
-    committed = [json.loads(text) for text in open(ROOT / ablate.RESULTS)]
+    committed = [json.loads(text) for text in (ROOT / ablate.RESULTS).read_text().splitlines()]
     assert ablate.markdown(committed) in (ROOT / ablate.PAGE).read_text()

@@ -67,7 +67,7 @@ def test_roi_align_gradient_repeats(two_threads):
 
 
 def test_transform_boxes_golden():
-    z = json.load(open(GOLDEN / "ava_box_transforms.json"))
+    z = json.loads((GOLDEN / "ava_box_transforms.json").read_text())
     (W, H), boxes = z["image_wh"], np.array(z["normalised_boxes"])
     whole = ava.transform_boxes(boxes, (H, W), (H, W), (0, 0, H, W))
     np.testing.assert_allclose(whole, z["pixel_boxes_clipped"], rtol=1e-15, atol=0)
@@ -121,7 +121,7 @@ def test_mean_average_precision_golden(result, name, excluded, match):
     if match == "score":
         assert mean == pytest.approx(0.305928, abs=5e-7)
         return
-    expected = json.load(open(MAP / "expected.json"))["results"][result]
+    expected = json.loads((MAP / "expected.json").read_text())["results"][result]
     assert [names[label] for label in precisions] == list(expected["AP"])
     np.testing.assert_allclose(list(precisions.values()), np.array(
         list(expected["AP"].values()), float), rtol=0, atol=1e-12)
@@ -244,12 +244,14 @@ def test_rows_that_cannot_be_used_are_counted_and_named(movies, tmp_path):
         assert words in said, words
     assert find(folder, "train", box_score=0.4)[0][0].targets[:, 8].any()
     truth = {}                                                      # the true boxes of key frames
-    for row in (line.split(",") for line in open(folder / "annotations" / "ava_train_v2.2.csv")):
+    table = (folder / "annotations" / "ava_train_v2.2.csv").read_text()
+    for row in (line.split(",") for line in table.splitlines()):
         truth.setdefault((row[0], row[1]), {})[tuple(map(float, row[2:6]))] = None
     only = find(folder, "train", predicted=False)[0]
     assert [list(map(tuple, f.boxes)) for f in only] == [list(boxes) for boxes in truth.values()]
     val, path = find(movies, "val")[0], movies / "annotations" / "ava_val_predicted_boxes.csv"
-    rows = [row for row in (line.split(",") for line in open(path)) if float(row[7]) >= 0.8]
+    lines = path.read_text().splitlines()
+    rows = [row for row in (line.split(",") for line in lines) if float(row[7]) >= 0.8]
     assert [(f.movie, f.second, *box) for f in val for box in f.boxes] == list(dict.fromkeys(
         (row[0], int(row[1]), *map(float, row[2:6])) for row in rows))
     with pytest.raises(ValueError, match="no box"):
@@ -404,7 +406,7 @@ def test_run(odd, finished):
     excluded = ava.read_excluded(ava.locate(odd, "excluded", "val"))
     assert excluded == {"val_000,0904"}
     for view in ("center", "full"):                           # the csv is worth what was printed
-        results = json.load(open(out / f"last_{view}.json"))
+        results = json.loads((out / f"last_{view}.json").read_text())
         found = ava.read_boxes(out / f"last_{view}.csv", scored=True)
         assert len(found) == 4 * results["boxes"] and results["key_frames"] == 6
         again = list(ava.average_precisions(truth, found, names, excluded).values())
@@ -479,7 +481,7 @@ def test_ranks_and_accumulation(odd, script, tmp_path):
             assert again == (tmp_path / "two" / f"last_{view}.{ending}").read_text()
         assert (tmp_path / f"{view}.png").exists()
     script("--data", odd, "--eval", tmp_path / "again.pt", "--match", "score", "--workers", 0)
-    assert json.load(open(tmp_path / "again_center.json"))["match"] == "score"
+    assert json.loads((tmp_path / "again_center.json").read_text())["match"] == "score"
 
 
 def test_starting_weights(tmp_path):

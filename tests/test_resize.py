@@ -58,7 +58,8 @@ def test_a_data_set_is_copied_upright_whole_and_again_after_a_kill(tmp_path, mon
     assert whole["small.png"] == before["small.png"]
     expected = Image.open(source / "large.png").resize((72, 48), Image.BICUBIC)
     assert np.array_equal(Image.open(tmp_path / "whole/large.png"), expected)
-    assert Image.open(tmp_path / "whole/large.JPEG").size == (72, 48)
+    with Image.open(tmp_path / "whole/large.JPEG") as image:
+        assert image.size == (72, 48)
     samples = layouts.find_samples(tmp_path / "whole")   # an absolute path leads into the copy
     assert [os.path.relpath(path, samples.root) for path in samples.paths] == [
         "x.webm", "a b/turned.MOV", "x.webm"]

@@ -110,7 +110,7 @@ def main():
     args = parser.parse_args()
     for name in ROWS if args.list else ():
         print(f"{name}:", *commands(name, 0, args.data, True), sep="\n    ")
-    lines = [json.loads(text) for text in open(RESULTS)]
+    lines = [json.loads(text) for text in Path(RESULTS).read_text().splitlines()]
     for name, seed in [(name, seed) for name in args.rows for seed in args.seeds]:
         flags = "; ".join((FULL if args.full else SMALL)[ROWS[name][0]][:2])
         line = {"row": name, "seed": seed, "data": Path(args.data).resolve().name, "flags": flags}
