@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 
+import engine
+
 import numpy as np
 import pytest
 import runs
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 from runs import log_of
 
+import pretrain
 from checkpoints import read_checkpoint
 
 
@@ -114,6 +117,16 @@ def test_wrong_flags_are_one_line(clips, tmp_path, monkeypatch, capsys, flags, w
     flags = flags_of(clips, tmp_path / "out", *flags.split())
     assert words in runs.refusal(monkeypatch, capsys, "pretrain", *flags)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, name", [
+    ("", "tiny"), ("--model mvitv2_s", "k400_mvitv2_s"), ("--model mvitv2_l", "k400_mvitv2_l"),
+    ("--model vit_b", "in1k_vit_b"), ("--model vit_l", "in1k_vit_l"),
+    ("--model mvit_tiny", "mvit_tiny"), ("--model vit_tiny", "vit_tiny"),
+    ("--recipe clips_mvitv2_s", "clips_mvitv2_s")])
+def test_a_model_picks_the_papers_recipe(flags, name):
+    found, recipe, _ = engine.parse_recipe(pretrain.RECIPES, "", flags.split())
+    assert found == name and recipe == pretrain.RECIPES[name]
 
 
 def test_empty_and_damaged(clips, tmp_path, monkeypatch, capsys):
