@@ -275,6 +275,12 @@ def test_files_for_a_test_are_not_trained_on(files, words, tmp_path):
         layouts.find_samples(tmp_path)
 
 
+def test_a_name_of_many_digits_is_told_apart_at_once(tmp_path):
+    """A form that splits digits in every way would never end."""
+    touch(tmp_path, f"test{'1' * 100}x/a.png")
+    assert len(layouts.find_samples(tmp_path)) == 1
+
+
 def test_a_folder_of_class_folders_names_the_data_set_above(tmp_path):
     touch(tmp_path, "k400/train/training dog/1.mp4", "k400/train/crash tests/2.mp4",
           "k400/validate/training dog/3.mp4")
