@@ -21,7 +21,7 @@ IMAGE = ("jpg", "jpeg", "png", "bmp", "webp")
 SSV2 = "(something-something-v2-)?"  # the official json files may start with it
 VAL = "val(id(ate|ation)?)?"
 HELD_OUT = rf"(\w+[-_])?({VAL}|test(ing)?|eval(uation)?|dev|(held|hold)[-_]?out)" \
-           r"([-_ ]?(set|split|data|videos?|images?|clips|frames|\d+(?!\d)p?))*"     # names of folders
+           r"([-_ ]?(set|split|data|videos?|images?|clips|frames|\d+(?!\d)p?))*"  # folders
 LIST = rf"([\w-]+[-_])?(train(ing)?|{VAL}|test)(list)?\d*([-_][\w-]*)?\.(csv|txt|tsv|json)"
 
 LAYOUTS = """accepted layouts:
