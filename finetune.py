@@ -243,8 +243,6 @@ def train(name, recipe, overrides, rank, world, device):
     val_samples, _ = engine.from_rank0(layouts.find_labeled, recipe.data, "val", classes)
     layouts.check_splits(samples, val_samples)
     models.check_kind(recipe.model, samples)
-    for note in engine.from_rank0(data.notes_on_files, samples, recipe):
-        print0(note)
     recipe, device_batch, accumulate = engine.plan_batch(
         replace(recipe, num_classes=len(classes)), len(samples), world,
         "batch_size" in overrides, print0)
@@ -341,6 +339,9 @@ def main():
         few = {key: value for key, value in FEW_LABELS.items() if key not in overrides}
         recipe = replace(
             recipe, **few, data=synthetic.make_dataset("data/synthetic", print0=print0))
+    samples = engine.from_rank0(layouts.find_samples, recipe.data, "train")
+    for note in engine.from_rank0(data.notes_on_files, samples, recipe):
+        print0(note)
     if recipe.baseline and recipe.init:
         return compare(name, recipe, overrides, rank, world, device, print0)
     train(name, recipe, overrides, rank, world, device)

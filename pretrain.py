@@ -99,7 +99,7 @@ class Recipe:
     workers: int = option(-1, "loader processes per GPU; -1: one per CPU core, 1 without a GPU")
     save_minutes: float = option(15.0, "minutes between checkpoints; one per epoch as well")
     log_every: int = option(10, "steps between lines of the log, after the first ten")
-    dry_run: bool = option(False, "two steps, then what the run would cost; nothing is written")
+    dry_run: bool = option(False, "a pass or two, then what the run would cost; nothing is written")
 
 
 KINETICS = Recipe()                        # release: k400_MVITv2_S_16x4_MaskFeat_PT
@@ -204,7 +204,8 @@ def main():
         teacher = model.target.teacher
         print0(f"teacher of {teacher.size / 1e6:.1f} M parameters from {teacher.about}")
     if recipe.dry_run:
-        return dry_run(recipe, model, dataset, device_batch, accumulate, steps_per_epoch, print0)
+        return dry_run(recipe, model, optimizer, dataset, device_batch, accumulate,
+                       steps_per_epoch, print0)
 
     run = engine.Run(
         recipe, model, optimizer, scaler, steps_per_epoch=steps_per_epoch, device=device,
@@ -313,25 +314,26 @@ def draw_pictures(run, shown, model):
     return written
 
 
-def dry_run(recipe, model, dataset, device_batch, accumulate, steps_per_epoch, print0):
-    """Two steps of this process on one batch, then parameters, FLOPs, memory and hours. Nothing is
-    written."""
+def dry_run(recipe, model, optimizer, dataset, device_batch, accumulate, steps_per_epoch, print0):
+    """Two steps of this process on one micro-batch, then parameters, FLOPs, memory and hours.
+    Nothing is written."""
     device = next(model.parameters()).device
     _, autocast, scaler = engine.mixed_precision(recipe.amp, device)
-    optimizer = engine.make_optimizer(model, recipe)
     batch = data.collate([dataset[0, i % len(dataset)] for i in range(device_batch)])
     x, mask, target_input = to_device(batch, recipe, model, device)
     for _ in range(2):                                        # the first step is slower than others
         start = time.perf_counter()
-        for _ in range(accumulate):
-            with autocast():
-                loss, _ = model(x, mask, target_input)
-            scaler.scale(loss / accumulate).backward()
+        with autocast():
+            loss, _ = model(x, mask, target_input)
+        scaler.scale(loss).backward()
+        loss.item()                                           # waits for the GPU
+        passed = time.perf_counter()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        loss.item()                                           # waits for the GPU
-        seconds = time.perf_counter() - start
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = accumulate * (passed - start) + time.perf_counter() - passed
     cost, steps = count_flops(model, (1, *x.shape[1:])), recipe.epochs * steps_per_epoch
     teacher = getattr(model.target, "teacher", None)
     with torch.no_grad(), Counter() as counter:
