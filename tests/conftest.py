@@ -1,7 +1,10 @@
 """Shared by the tests: the project on the path, runs of the scripts, golden inputs."""
-import subprocess
+import multiprocessing
+import os
+import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,19 +35,30 @@ def released(tmp_path_factory):
     return make
 
 
+def apart(function, *arguments):
+    """Call it in a fork: an encoder starts threads, which forks of this process must not meet."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def write_clips(folder):
+    from tools import synthetic
+    for split, count in (("train", 6), ("val", 2)):
+        for name in ("level_left_right", "rings_up_down"):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                rng = np.random.default_rng([i, len(split), len(name)])
+                clip = synthetic.draw_clip(rng, name)[:24]
+                synthetic.write_video(folder / split / name / f"{i}.mp4", clip)
+
+
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory):
     """A folder with 12 training and 4 validation clips."""
-    code = ("import sys, numpy as np; from pathlib import Path\n"
-            "from tools.synthetic import draw_clip, write_video\n"
-            "for split, count in (('train', 6), ('val', 2)):\n"
-            "    for name in ('level_left_right', 'rings_up_down'):\n"
-            "        folder = Path(sys.argv[1], split, name); folder.mkdir(parents=True)\n"
-            "        for i in range(count):\n"
-            "            rng = np.random.default_rng([i, len(split), len(name)])\n"
-            "            write_video(folder / f'{i}.mp4', draw_clip(rng, name)[:24])\n")
     folder = tmp_path_factory.mktemp("clips")
-    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=ROOT)
+    apart(write_clips, folder)
     return folder
 
 
@@ -63,6 +77,41 @@ def finetuned(clips, pretrained, tmp_path_factory):
     out = tmp_path_factory.mktemp("finetuned") / "run"
     return out, runs.run_well("finetune.py", "--data", clips, "--out", out, *runs.FINETUNE,
                               "--init", pretrained[0] / "last.pt", "--baseline")
+
+
+def run_ranks(script, *flags):
+    """Output of a run of two processes that must end well. They are forks of this one, which spares
+    the launcher and the imports. Where there is a GPU, which no fork can use, torchrun starts them.
+    """
+    import runs
+    if torch.cuda.is_available():
+        return runs.run_well(script, *flags, processes=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+
+    def run_rank(rank):
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        try:
+            done = runs.run(script, *flags)
+        except BaseException as error:
+            done = SimpleNamespace(returncode=1, stdout="", stderr=repr(error))
+        results.put((done.returncode, done.stdout + done.stderr))
+
+    processes = [fork.Process(target=run_rank, args=(rank,)) for rank in "01"]
+    try:
+        for process in processes:
+            process.start()
+        done = [results.get(timeout=300) for _ in processes]
+    finally:
+        for process in processes:
+            process.join(10)
+            process.kill()
+    assert [code for code, _ in done] == [0, 0], done
+    return "".join(output for _, output in done)
 
 
 @pytest.fixture(scope="session")

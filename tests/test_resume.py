@@ -4,6 +4,7 @@ import signal
 import numpy as np
 import pytest
 import runs
+from conftest import run_ranks
 
 from checkpoints import read_checkpoint
 
@@ -17,44 +18,43 @@ def plan(script, clips, pretrained):
     return ["--data", clips, *runs.FINETUNE, "--no-baseline", "--init", pretrained[0] / "last.pt"]
 
 
-@pytest.mark.parametrize("script, processes, workers", [
-    ("pretrain", 1, 2), ("pretrain", 2, 0), ("finetune", 1, 2), ("finetune", 2, 0)])
-def test_killed_and_resumed_is_bit_equal(script, processes, workers, clips, pretrained, request,
-                                         tmp_path):
-    """SIGKILL at two steps gives bit-identical weights to an uninterrupted run.
-
-    The second time under torchrun, only the launcher is killed. Its processes save and leave.
-    """
-    flags, out = plan(script, clips, pretrained), tmp_path / "killed"
-    if processes == 1:
-        whole = request.getfixturevalue(WHOLE[script])[0]
-    else:
-        whole = tmp_path / "whole"
-        runs.run_well(f"{script}.py", *flags, "--out", whole, processes=processes)
-    resume = [*flags, "--out", out, "--resume", "--workers", workers, "--save-minutes", 0.0001]
-    steps = np.random.default_rng(processes + workers).choice(range(2, 9), 2, replace=False)
-    for step, alone in zip(sorted(steps.tolist()), (False, processes > 1)):
-        _, output = runs.kill_at(step, out, f"{script}.py", *resume, processes=processes,
-                                 children=not alone)
-        assert ("stopped by SIGUSR1" in output) == alone, output
-    assert "resumed" in runs.run_well(f"{script}.py", *resume, processes=processes)
-    runs.assert_same_weights(whole, out)
+def assert_same_run(one, other):
+    """Weights and logs, to the bit, but for what is measured."""
+    runs.assert_same_weights(one, other)
     drop = {"time", "samples_per_second", "data_wait"}
     logs = [[{k: v for k, v in line.items() if k not in drop} for line in runs.log_of(folder)]
-            for folder in (whole, out)]
+            for folder in (one, other)]
     assert logs[0] == logs[1]
 
 
-@pytest.mark.parametrize("script", ["pretrain", "finetune"])
-def test_sigterm_saves_the_step(script, clips, pretrained, request, tmp_path):
+@pytest.mark.parametrize("script", WHOLE)
+def test_stopped_killed_and_resumed_is_bit_equal(script, clips, pretrained, request, tmp_path):
+    """SIGTERM saves the step. After this and a SIGKILL the weights are those of a whole run."""
     flags, out = [*plan(script, clips, pretrained), "--out", tmp_path / "out"], tmp_path / "out"
-    code, output = runs.kill_at(4, out, f"{script}.py", *flags, "--workers", 2,
+    steps = np.random.default_rng().integers((2, 6), (5, 9)).tolist()
+    code, output = runs.kill_at(steps[0], out, f"{script}.py", *flags, "--workers", 2,
                                 sent=signal.SIGTERM)
     assert code == 128 + signal.SIGTERM and "stopped by SIGTERM" in output and "--resume" in output
-    assert read_checkpoint(out / "last.pt")["step"] == runs.log_of(out)[-1]["step"] >= 4
-    runs.run_well(f"{script}.py", "--out", out, "--resume")      # recipe and data from last.pt
-    whole = request.getfixturevalue(WHOLE[script])[0]
-    runs.assert_same_weights(whole, out)
+    step = read_checkpoint(out / "last.pt")["step"]
+    assert step == runs.log_of(out)[-1]["step"] >= steps[0]
+    runs.kill_at(steps[1], out, f"{script}.py", *flags, "--resume", "--workers", 2,
+                 "--save-minutes", 0.0001)
+    output = runs.run_well(f"{script}.py", "--out", out, "--resume")   # recipe, data from last.pt
+    assert "resumed" in output
+    assert_same_run(request.getfixturevalue(WHOLE[script])[0], out)
+
+
+@pytest.mark.parametrize("script, alone", [("pretrain", False), ("finetune", True)])
+def test_two_processes_killed_and_resumed_are_bit_equal(script, alone, clips, pretrained, tmp_path):
+    """Both and torchrun are killed, or torchrun alone: then its processes save and leave."""
+    flags, out = plan(script, clips, pretrained), tmp_path / "killed"
+    run_ranks(f"{script}.py", *flags, "--out", tmp_path / "whole")
+    resume = [*flags, "--out", out, "--resume", "--save-minutes", 0.0001]
+    _, output = runs.kill_at(int(np.random.default_rng().integers(2, 9)), out, f"{script}.py",
+                             *resume, processes=2, children=not alone)
+    assert ("stopped by SIGUSR1" in output) == alone, output
+    assert "resumed" in run_ranks(f"{script}.py", *resume)
+    assert_same_run(tmp_path / "whole", out)
 
 
 @pytest.mark.parametrize("script, flags", [
@@ -67,15 +67,15 @@ def test_accumulation_and_ranks_see_the_same_samples(script, flags, clips, pretr
     Each sample has a mask of the same size, so means over micro-batches are means over the batch.
     """
     losses, levels = [], []
-    for name, more, kw in (("one", [], {}), ("accumulated", ["--device-batch", 2], {}),
-                           ("two", [], {"processes": 2})):
-        output = runs.run_well(f"{script}.py", *plan(script, clips, pretrained), *flags, *more,
-                               "--out", tmp_path / name, **kw)
+    for name, more, run in (("one", [], runs.run_well), ("two", [], run_ranks),
+                            ("accumulated", ["--device-batch", 2], runs.run_well)):
+        output = run(f"{script}.py", *plan(script, clips, pretrained), *flags, *more, "--out",
+                     tmp_path / name)
         log = runs.log_of(tmp_path / name)
         levels.append([line["levels"] for line in log if "levels" in line])
         losses.append([line[key] for key in ("loss", "val_loss") for line in log if key in line])
         assert name != "accumulated" or "accumulated 1;" not in output
-    assert levels[2] == levels[0]                             # no network is in these
+    assert levels[1] == levels[0]                             # no network is in these
     for other in losses[1:]:
         np.testing.assert_allclose(other, losses[0], rtol=1e-5)
 
