@@ -210,7 +210,7 @@ class LabelTarget(nn.Module):
 
         Returns (B, h*w, classes), which sum to 1 over the classes.
         """
-        with torch.autocast(labels.device.type, enabled=False):
+        with torch.autocast("cpu" if labels.is_meta else labels.device.type, enabled=False):
             H, W = labels.shape[3:]
             top, left, h, w = labels[:, 2].flatten(1)[:, :4].unbind(1)        # (B,) each
             if self.order == "released":
