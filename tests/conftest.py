@@ -1,4 +1,5 @@
 """Shared by the tests: the project on the path, runs of the scripts, golden inputs."""
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -77,6 +78,24 @@ def finetuned(clips, pretrained, tmp_path_factory):
     out = tmp_path_factory.mktemp("finetuned") / "run"
     return out, runs.run_well("finetune.py", "--data", clips, "--out", out, *runs.FINETUNE,
                               "--init", pretrained[0] / "last.pt", "--baseline")
+
+
+def slow(*row):
+    """A row of a parametrization that takes more than about a second."""
+    return pytest.param(*row, marks=pytest.mark.slow)
+
+
+def in_this_process(*_):
+    """Stands for a ProcessPoolExecutor, whose processes take seconds to start."""
+    return contextlib.nullcontext(SimpleNamespace(map=map))
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """What a tool starts is a fork, which spares the imports, but where a GPU needs more."""
+    if not torch.cuda.is_available():
+        context = multiprocessing.get_context("fork")
+        monkeypatch.setattr(torch.multiprocessing, "get_context", lambda _: context)
 
 
 def run_ranks(script, *flags):

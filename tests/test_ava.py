@@ -1,12 +1,8 @@
 """ava.py: RoIAlign, boxes, head and mAP against golden figures, the data, and the script."""
-import contextlib
-import io
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import engine
 
@@ -15,7 +11,7 @@ import pytest
 import runs
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, ROOT, golden_input
+from conftest import GOLDEN, apart, golden_input, run_ranks
 from PIL import Image
 from runs import assert_same_weights, log_of
 
@@ -55,6 +51,7 @@ def test_roi_align_gradient(ratio):
     assert ava.roi_align(features, rois[:0], 1 / 32).shape == (0, 1, 7, 7)
 
 
+@pytest.mark.slow
 def test_roi_align_gradient_repeats(two_threads):
     """Boxes of one clip share cells: their gradients are summed in one order on many threads."""
     torch.manual_seed(0)
@@ -190,14 +187,17 @@ def test_any_number_of_boxes(count):
 
 # --------------------------------------------------------------------------------------------- data
 
+def write_movies(folder):
+    """At half the rate, which is drawn in half the time."""
+    synthetic.MOVIES, synthetic.FPS = {"train": 2, "val": 2}, 15
+    synthetic.write_movies(folder, 0)
+
+
 @pytest.fixture(scope="session")
 def movies(tmp_path_factory):
     """2 training and 2 validation movies in AVA's layout, with 6 key frames each."""
     folder = tmp_path_factory.mktemp("ava")
-    code = ("import sys; from tools import synthetic\n"
-            "synthetic.MOVIES = {'train': 2, 'val': 2}\n"
-            "synthetic.write_movies(sys.argv[1], 0)")
-    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=ROOT)
+    apart(write_movies, folder)
     return folder
 
 
@@ -311,12 +311,10 @@ def test_views_and_empty_boxes(movies):
 
 def test_movies_and_frames_on_disk_agree(tmp_path):
     """The clip around second 902 of a movie from 900 on, and of its frames. Frame i is gray of
-    37i % 256. A process of its own encodes it, since the workers of other tests fork."""
-    code = ("import sys, numpy as np; from tools import synthetic\n"
-            "gray = (37 * np.arange(110) % 256).astype(np.uint8)[:, None, None, None]\n"
-            "synthetic.write_video(sys.argv[1], np.broadcast_to(gray, (110, 48, 64, 3)))")
-    path = str(tmp_path / "movie.mp4")
-    subprocess.run([sys.executable, "-c", code, path], check=True, cwd=ROOT)
+    37i % 256."""
+    gray, path = (37 * np.arange(110) % 256).astype(np.uint8), str(tmp_path / "movie.mp4")
+    movie = np.broadcast_to(gray[:, None, None, None], (110, 48, 64, 3))
+    apart(synthetic.write_video, path, movie)
     (tmp_path / "frames" / "movie").mkdir(parents=True)
     (tmp_path / "frame_lists").mkdir()
     names = [f"movie/movie_{i:06d}.png" for i in range(1, 111)]
@@ -336,15 +334,6 @@ def test_movies_and_frames_on_disk_agree(tmp_path):
             ava.read_clip(media, ava.KeyFrame("movie", 904, None, None), *args)
 
 
-def test_synthetic_movies():
-    """The same from the same seed, with boxes of two classes."""
-    (movie, truth), (again, _) = (synthetic.draw_movie(np.random.default_rng(5)) for _ in "ab")
-    assert movie.shape == (120, 120, 160, 3) and np.array_equal(movie, again)
-    assert {second for second, *_ in truth} == {902, 903, 904}
-    assert all(0 <= min(box) < max(box) <= 1 and labels[0] in (1, 2, 3, 4)
-               and labels[1] in (11, 12, 13) for _, box, labels, _ in truth)
-
-
 # --------------------------------------------------------------------------------------- the script
 
 # 8 key frames, one per step, so 32 steps. 2 key frames have no box left, one has 300 more.
@@ -353,25 +342,8 @@ FLAGS = ["--movie-start", 901, "--image-size", 32, "--jitter", 32, 48, "--frames
          "--drop-path", 0.2, "--dropout", 0.1, "--val-epochs", 2, "--init", ""]
 
 
-@pytest.fixture(scope="session")
-def script():
-    """script(flag, ...) runs ava.main() here on one thread and returns what it printed."""
-    def call(*flags):
-        text, arguments, threads = io.StringIO(), sys.argv, torch.get_num_threads()
-        numbers = signal.SIGTERM, signal.SIGINT
-        handlers = [signal.getsignal(number) for number in numbers]
-        try:
-            sys.argv = ["ava.py", *map(str, flags)]
-            torch.set_num_threads(1)
-            with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-                ava.main()
-        finally:
-            sys.argv = arguments
-            torch.set_num_threads(threads)
-            for number, handler in zip(numbers, handlers):
-                signal.signal(number, handler)
-        return text.getvalue()
-    return call
+def script(*flags):
+    return runs.run_well("ava.py", *flags)
 
 
 @pytest.fixture(scope="session")
@@ -385,7 +357,7 @@ def odd(movies, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(odd, script, tmp_path_factory):
+def finished(odd, tmp_path_factory):
     """An uninterrupted run, and what it printed."""
     out = tmp_path_factory.mktemp("detector") / "run"
     return out, script("--data", odd, "--out", out, *FLAGS)
@@ -418,7 +390,7 @@ def test_run(odd, finished):
 
 
 @pytest.mark.slow
-def test_killed_stopped_and_resumed_is_bit_equal(odd, finished, script, tmp_path, monkeypatch):
+def test_killed_stopped_and_resumed_is_bit_equal(odd, finished, tmp_path, monkeypatch):
     out = tmp_path / "killed"
     flags = ["--data", odd, "--out", out, *FLAGS, "--resume",
              "--save-minutes", "0.0001"]
@@ -430,10 +402,9 @@ def test_killed_stopped_and_resumed_is_bit_equal(odd, finished, script, tmp_path
             os.kill(os.getpid(), signal.SIGTERM)
         return schedule(epoch, *rest)
     schedule = engine.lr_at
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+    with monkeypatch.context() as patch:
         patch.setattr(engine, "lr_at", lr_at)
-        script(*flags)
-    assert stopped.value.code == 128 + signal.SIGTERM
+        assert runs.run("ava.py", *flags).returncode == 128 + signal.SIGTERM
     assert read_checkpoint(out / "last.pt")["step"] == 20
     assert "at step 20" in script(*flags)
     assert_same_weights(finished[0], out)
@@ -444,7 +415,7 @@ def test_killed_stopped_and_resumed_is_bit_equal(odd, finished, script, tmp_path
 
 
 @pytest.mark.slow
-def test_signal_between_micro_batches(odd, script, tmp_path, monkeypatch):
+def test_signal_between_micro_batches(odd, tmp_path, monkeypatch):
     """The unfinished step is discarded."""
     normalize, calls = ava.data.normalize, []
 
@@ -454,21 +425,20 @@ def test_signal_between_micro_batches(odd, script, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return normalize(*args)
     monkeypatch.setattr(ava.data, "normalize", signal_in_the_second_step)
-    with pytest.raises(SystemExit):
-        script("--data", odd, "--out", tmp_path, *FLAGS, "--batch-size", 4, "--device-batch", 1,
-               "--no-baseline")
-    assert len(calls) == 6 and read_checkpoint(tmp_path / "last.pt")["step"] == 1
+    done = runs.run("ava.py", "--data", odd, "--out", tmp_path, *FLAGS, "--batch-size", 4,
+                    "--device-batch", 1, "--no-baseline")
+    assert done.returncode == 128 + signal.SIGTERM and len(calls) == 6
+    assert read_checkpoint(tmp_path / "last.pt")["step"] == 1
 
 
 @pytest.mark.slow
-def test_ranks_and_accumulation(odd, script, tmp_path):
+def test_ranks_and_accumulation(odd, tmp_path):
     """Two ranks and accumulation average the same boxes as one batch, also where a clip has none.
     Two ranks test every key frame once, with bit-identical scores."""
     flags = ["--data", odd, *FLAGS, "--batch-size", 4, "--drop-path", 0, "--dropout", 0,
              "--epochs", 2, "--val-epochs", 0, "--no-baseline", "--device-batch", 1]
     script("--out", tmp_path / "one", *flags, "--device-batch", 4)
-    done = runs.run("ava.py", "--out", tmp_path / "two", *flags, processes=2)
-    assert done.returncode == 0, done.stderr
+    run_ranks("ava.py", "--out", tmp_path / "two", *flags)
     losses = [[d["loss"] for d in log_of(tmp_path / name)] for name in ("one", "two")]
     assert len(losses[0]) == 4
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
@@ -502,28 +472,27 @@ def test_starting_weights(tmp_path):
 
 
 @pytest.mark.slow
-def test_errors(movies, finished, script, monkeypatch, tmp_path):
+def test_errors(movies, finished, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     out, data = finished[0], ["--data", movies]
     last = out / "last.pt"
-    for error, words, flags in (
-            (FileNotFoundError, "pretrain.py", data),
-            (ValueError, "jitter", ["--image-size", 112]),
-            (ValueError, "--draw", ["--draw", "a.png"]),
-            (ValueError, "--data", ["--eval", last, "--data", ""]),
-            (ValueError, "--resume", [*data, "--out", out, "--init", ""]),
-            (ValueError, "--model mvit_nano",
+    for words, flags in (
+            ("pretrain.py", data),
+            ("jitter", ["--image-size", 112]),
+            ("--draw", ["--draw", "a.png"]),
+            ("--data", ["--eval", last, "--data", ""]),
+            ("--resume", [*data, "--out", out, "--init", ""]),
+            ("--model mvit_nano",
              [*data, "--init", last, "--recipe", "ava_mvitv2_s_16x4"]),
-            (ValueError, "--expand mlp", [*data, "--init", last, "--expand", "attn"]),
-            (ValueError, "lr=1", [*data, "--out", out, *FLAGS, "--resume", "--lr", 1]),
-            (ValueError, "--movie-start 0", [*data, *FLAGS, "--movie-start", 0])):
-        with pytest.raises(error, match=words):
-            script(*flags, "--no-baseline")
+            ("--expand mlp", [*data, "--init", last, "--expand", "attn"]),
+            ("lr=1", [*data, "--out", out, *FLAGS, "--resume", "--lr", 1]),
+            ("--movie-start 0", [*data, *FLAGS, "--movie-start", 0])):
+        assert words in runs.refusal(monkeypatch, capsys, "ava", *flags, "--no-baseline")
     assert set(os.listdir(tmp_path)) <= {"out"}               # of the last one, which had begun
 
 
 @pytest.mark.slow
-def test_dry_run(script):
+def test_dry_run():
     """FLOPs as in Table 3."""
     text = script("--recipe", "ava_mvitv2_s_16x4", "--dry-run", "--expand", "mlp")
     assert "36,229,040 parameters, 71.41 GFLOPs" in text and "output grid 8x7x7" in text

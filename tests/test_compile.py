@@ -9,13 +9,20 @@ from engine import mixed_precision, param_groups
 
 import pytest
 import torch
+from conftest import slow
 from torch._dynamo.utils import counters
 
 from augment import soft_cross_entropy
-from models import MODELS, build_maskfeat
+from maskfeat import MaskFeat
+from mvit import MViT
+from targets import HOGTarget
+from vit import ViT
 
-# Shapes of the input and of the mask's grid.
-SHAPES = {"mvit_tiny": ((3, 4, 32, 32), (2, 4, 4)), "vit_tiny": ((3, 32, 32), (4, 4))}
+# Encoders of two blocks, and shapes of the input and of the mask's grid.
+MODELS = {"mvit": lambda **kw: MViT(16, 2, (1, 1), num_frames=4, image_size=32, output_stride=8,
+                                    kv_stride=4, **kw),
+          "vit": lambda **kw: ViT(32, 2, 2, image_size=32, patch_size=8, **kw)}
+SHAPES = {"mvit": ((3, 4, 32, 32), (2, 4, 4)), "vit": ((3, 32, 32), (4, 4))}
 
 
 @pytest.fixture(autouse=True)
@@ -24,11 +31,8 @@ def fresh():
     torch._dynamo.reset()
 
 
-def maskfeat(name, drop_path=0.0, checkpointing=False):
-    return build_maskfeat(dict(
-        model=name, target="hog", image_size=(32, 32), num_frames=4, output_stride=8, patch_size=8,
-        expand="mlp", drop_path=drop_path, checkpointing=checkpointing, bins=9, cell=8, norm="l2",
-        color="rgb", gradient="sobel"))
+def maskfeat(name, **options):
+    return MaskFeat(MODELS[name](num_classes=0, **options), HOGTarget(8))
 
 
 def pretraining_loss(net, shapes, batch):
@@ -72,22 +76,17 @@ def train(net, loss_of, name, amp="fp32", batches=(2, 2, 2, 2), backend="eager")
     return losses, breaks, graphs[0], graphs[-1] - graphs[0]
 
 
-def slow(*row):
-    return pytest.param(*row, marks=pytest.mark.slow)
-
-
 @pytest.mark.parametrize("name, options, amp", [
-    slow("mvit_tiny", {}, "fp32"), slow("mvit_tiny", {"drop_path": 0.3}, "bf16"),
-    slow("mvit_tiny", {"checkpointing": True}, "fp32"), ("vit_tiny", {}, "fp32"),
-    ("vit_tiny", {"drop_path": 0.3}, "bf16")])
+    slow("mvit", {"drop_path": 0.3}, "bf16"), slow("mvit", {"checkpointing": True}, "fp32"),
+    ("vit", {"drop_path": 0.3}, "bf16")])
 def test_pretraining_step_is_one_graph_compiled_once(name, options, amp):
     _, *counts = train(maskfeat(name, **options), pretraining_loss, name, amp)
     assert counts == [0, 1, 0]
 
 
-@pytest.mark.parametrize("name, size", [slow("mvit_tiny", {"num_frames": 4}), ("vit_tiny", {})])
-def test_finetuning_step_is_one_graph_compiled_once(name, size):
-    net = MODELS[name](num_classes=5, image_size=32, drop_path=0.2, dropout=0.5, **size)
+@pytest.mark.parametrize("name", [slow("mvit"), "vit"])
+def test_finetuning_step_is_one_graph_compiled_once(name):
+    net = MODELS[name](num_classes=5, drop_path=0.2, dropout=0.5)
     _, *counts = train(net, finetuning_loss, name)
     assert counts == [0, 1, 0]
 
@@ -106,16 +105,17 @@ def test_compiled_steps_do_the_same(name):
     assert compiled == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [lambda x: print(end=""), lambda x: bool(x.sum().item())])
 def test_breaks_are_counted(fault):
-    net = maskfeat("vit_tiny")
-    net.encoder.blocks[3].register_forward_pre_hook(lambda module, args: fault(args[0]) and None)
-    _, breaks, first, _ = train(net, pretraining_loss, "vit_tiny")
+    net = maskfeat("vit")
+    net.encoder.blocks[1].register_forward_pre_hook(lambda module, args: fault(args[0]) and None)
+    _, breaks, first, _ = train(net, pretraining_loss, "vit")
     assert breaks > 0 and first > 1
 
 
 @pytest.mark.slow
 def test_recompilations_are_counted():
-    net = maskfeat("vit_tiny")
-    _, *counts = train(net, pretraining_loss, "vit_tiny", batches=(2, 2, 3, 3))
+    net = maskfeat("vit")
+    _, *counts = train(net, pretraining_loss, "vit", batches=(2, 2, 3, 3))
     assert counts == [0, 1, 1]                                  # once more for another batch size

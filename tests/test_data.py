@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, in_this_process
 from PIL import Image
 from test_video import cut_off, expected_numbers, read_numbers, write_video
 
@@ -549,21 +549,8 @@ def test_check_file_says_what_a_file_holds(tmp_path, videos):
     assert data.check_file(tmp_path / "absent.png")[1] is None
 
 
-class InThisProcess:
-    """Stands for a pool of processes, which take seconds to start."""
-
-    def __init__(self, *_):
-        self.map = map
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-
 def test_check_names_what_is_wrong_before_a_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(data, "ProcessPoolExecutor", in_this_process)
     for k, place in enumerate(("train/a", "train/b", "val/a", "val/c", "test")):
         write_video(tmp_path / place / f"{k}.mp4", range(30))
     assert data.check(tmp_path, 1, 48, verbose=True) == 1
@@ -586,7 +573,7 @@ def test_check_names_what_is_wrong_before_a_training(tmp_path, monkeypatch, caps
 
 
 def test_check_of_a_sound_folder_is_short(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(data, "ProcessPoolExecutor", in_this_process)
     for k in range(3):
         Image.new("RGB", (32 + k, 16)).save(tmp_path / f"{k}.png")
     assert data.check(tmp_path, 1, 224, verbose=False) == 0

@@ -2,8 +2,10 @@
 import json
 import re
 import shutil
+import signal
 import sys
 
+import engine
 from engine import layer_id, param_groups
 
 import numpy as np
@@ -54,8 +56,8 @@ def test_run(finetuned, pretrained):
 
 
 @pytest.mark.slow
-def test_images(tmp_path):
-    """ViT on image files in ImageNet's layout, resumed after a kill, three crops a picture."""
+def test_images(tmp_path, monkeypatch):
+    """ViT on image files in ImageNet's layout, stopped and resumed, three crops a picture."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 2)):
         for label, name in enumerate(("n01440764", "n02084071")):
@@ -68,7 +70,10 @@ def test_images(tmp_path):
     flags = ["--data", tmp_path / "data", "--out", out, "--model", "vit_tiny", "--image-size", 32,
              "--epochs", 20, "--batch-size", 8, "--workers", 0, "--warmup-epochs", 1, "--crops", 3,
              "--drop-path", 0.1, "--log-every", 1]
-    runs.kill_at(5, out, "finetune.py", *flags)
+    asked = iter([""] * 5 + ["SIGTERM"])
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.StopSignal, "agreed", lambda self: next(asked))
+        assert runs.run("finetune.py", *flags).returncode == 128 + signal.SIGTERM
     output = runs.run_well("finetune.py", *flags, "--resume")
     assert "images: 4, clips x crops: 1 x 3, image-level top-1 100.00" in output
     assert "crop-level" in output
@@ -136,10 +141,13 @@ def test_comparison_over_seeds(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(finetune, "train", train)
     monkeypatch.setattr(finetune.synthetic, "make_dataset", lambda folder, print0: folder)
+    monkeypatch.setattr(finetune.layouts, "find_samples", lambda *args: None)
+    monkeypatch.setattr(finetune.data, "notes_on_files", lambda *args: ["a note on the files"])
     monkeypatch.setattr(sys, "argv", ["finetune.py", "--out", "o", "--seed", "4", "--init", "i"])
     for scratch["top1"], apart in ((0.2, True), (0.545, False)):
         finetune.main()
         output = capsys.readouterr().out
+        assert output.count("a note on the files") == 1
         assert "labels a class: 2" in output and ("is above each run" in output) == apart
         assert re.search(r"fine-tuned +54.00 +55.00 +56.00 +55.00\n", output)
     assert f"pre-training: {55 - 54.5:+.1f} points" in output

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from conftest import slow
 
 import mvit
 import vit
@@ -13,19 +14,15 @@ from tools.flops import count_flops
 
 
 def small(**kw):
-    """Used at 80 pixels a side: grids of 20, 10, 5, 3, and tables to resize."""
-    options = {"num_classes": 5, "num_frames": 4, "image_size": 64, **kw}
-    return mvit.MViT(16, 2, (1, 1, 2, 1), **options)
-
-
-def slow(*row):
-    return pytest.param(*row, marks=pytest.mark.slow)
+    """Used at 80 pixels a side: grids of 20, 10, 5, and tables to resize."""
+    options = {"num_classes": 5, "num_frames": 4, "image_size": 64, "output_stride": 16, **kw}
+    return mvit.MViT(16, 2, (1, 1, 1), **options)
 
 
 @pytest.mark.parametrize("name, T, side, expand, parameters, gflops, gmacs", [
     slow("mvitv2_s", 16, 224, "mlp", 36_475_120, "71.41", "71.16"),
     ("vit_b", None, 224, None, 86_567_656, "17.58", "17.56"),
-    ("vit_l", None, 224, None, 304_326_632, "61.60", "61.55"),
+    slow("vit_l", None, 224, None, 304_326_632, "61.60", "61.55"),
     slow("mvitv2_l", 16, 224, "mlp", 217_578_064, "377.79", "376.82"),
     slow("mvitv2_l", 32, 312, "mlp", 217_720_048, "2125.2", None),
     slow("mvitv2_l", 40, 352, "mlp", 217_795_792, "3886.9", None),
@@ -33,7 +30,7 @@ def slow(*row):
     slow("mvitv2_l", 40, 312, "attn", 213_390_112, "2828.1", None),
     slow("mvitv2_l", 40, 352, "attn", 213_438_208, "3790.3", None),
     slow("mvitv2_l", 16, 224, "attn", 213_220_480, "362.1", None),
-    ("mvitv2_s", 16, 224, "attn", 34_537_744, "64.5", None)])
+    slow("mvitv2_s", 16, 224, "attn", 34_537_744, "64.5", None)])
 def test_figures_of_the_release(name, T, side, expand, parameters, gflops, gmacs,
                                   monkeypatch, capsys):
     """Measured on the official classes, with fvcore or in its convention: equal in every digit."""
@@ -76,9 +73,9 @@ def test_same_anywhere_and_nothing_changed():
 
 def test_pretraining_model():
     """The trunk, and LayerNorm and Linear for each of 2*5*5 tokens. HOG is not counted."""
-    trunk = small(num_classes=0, output_stride=16)
+    trunk = small(num_classes=0)
     alone = count_flops(trunk, (1, 3, 4, 80, 80))
     count = count_flops(MaskFeat(trunk, HOGTarget(patch_size=16)), (1, 3, 4, 80, 80))
-    assert count["macs"] == alone["macs"] + 50 * 128 * 108
-    assert count["flops"] - count["macs"] == alone["flops"] - alone["macs"] + 5 * 50 * 128
-    assert count["parameters"] == alone["parameters"] + 16 + 2 * 128 + 128 * 108 + 108
+    assert count["macs"] == alone["macs"] + 50 * 64 * 108
+    assert count["flops"] - count["macs"] == alone["flops"] - alone["macs"] + 5 * 50 * 64
+    assert count["parameters"] == alone["parameters"] + 16 + 2 * 64 + 64 * 108 + 108

@@ -30,8 +30,8 @@ def random_image(*shape, seed=0):
     return torch.from_numpy(numbers)
 
 
-def loop_hog(images, bins, cell, norm, color, gradient):
-    """One pixel at a time in float64, straight from the description."""
+def loop_hog(images, bins, cell, color, gradient):
+    """One pixel at a time in float64, straight from the description, without a norm."""
     images = images.double().numpy()
     R, G, B = images[:, 0], images[:, 1], images[:, 2]
     if color == "gray":
@@ -49,8 +49,6 @@ def loop_hog(images, bins, cell, norm, color, gradient):
         gy = sum(w * (column[0] - column[2]) for w, column in zip(weights, window.T))
         k = math.floor(math.atan2(gx, gy) / math.pi * bins) % bins
         out[n, c, k, v // cell, u // cell] += math.hypot(gx, gy)
-    if norm != "none":
-        out /= np.maximum(np.linalg.norm(out, ord=int(norm[1]), axis=2, keepdims=True), 1e-12)
     return torch.from_numpy(out)
 
 
@@ -75,20 +73,21 @@ def test_golden_random_images():
 @pytest.mark.parametrize("color", ["gray", "rgb", "opponent"])
 def test_all_options_against_loops(color, gradient):
     sizes = itertools.cycle([(16, 32), (32, 16), (16, 16), (48, 16)])
-    for norm, bins, cell in itertools.product(("none", "l1", "l2"), (1, 6, 9, 12), (4, 8, 16)):
-        if (bins == 1 or norm == "l1") and cell != 8:
-            continue
+    for bins, cell in ((1, 8), (6, 8), (6, 16), (9, 4), (9, 8), (9, 16), (12, 4), (12, 8)):
         H, W = next(sizes)
         image = random_image(1, 3, H, W, seed=bins * cell)
         # Reflection makes gy zero in the first and last row. With an even number of bins this is a
         # border of two bins, where the rounding of the convolution decides: make gx zero, too.
         rows = [0, 1, -2, -1] if bins % 2 == 0 else []
         image[..., rows, :] = image[..., rows, :1]
-        hog = HOG(bins, cell, norm, color, gradient)(image)
-        assert hog.shape == (1, 1 if color == "gray" else 3, bins, H // cell, W // cell)
-        want = loop_hog(image, bins, cell, norm, color, gradient)
-        # relative to the size of the votes: up to 256 pixels in one cell
-        assert (hog - want).abs().max() < 1e-6 * max(1, hog.max())
+        sums = loop_hog(image, bins, cell, color, gradient)
+        for norm in ("none", "l1", "l2"):
+            hog, want = HOG(bins, cell, norm, color, gradient)(image), sums
+            assert hog.shape == (1, 1 if color == "gray" else 3, bins, H // cell, W // cell)
+            if norm != "none":
+                want = sums / sums.norm(p=int(norm[1]), dim=2, keepdim=True).clamp(min=1e-12)
+            # relative to the size of the votes: up to 256 pixels in one cell
+            assert (hog - want).abs().max() < 1e-6 * max(1, hog.max())
 
 
 @pytest.mark.parametrize("bins", [1, 2, 3, 6, 9])
@@ -98,7 +97,7 @@ def test_ties_fall_where_atan2_puts_them(bins):
     image = torch.from_numpy(numbers).float()
     for gradient in ("central", "sobel"):
         hog = HOG(bins, 8, "none", "rgb", gradient)(image)
-        want = loop_hog(image, bins, 8, "none", "rgb", gradient)
+        want = loop_hog(image, bins, 8, "rgb", gradient)
         assert (hog - want).abs().max() < 1e-4                              # sums of up to 300
     assert (HOG(bins)(image) - plain_hog(image, bins)).abs().max() < 1e-6
 
@@ -175,6 +174,7 @@ def test_leaves_no_trace():
     assert not hog.state_dict() and not list(hog.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"color": "opponent", "norm": "l1", "bins": 12},
                                      {"color": "gray", "norm": "none", "gradient": "central"}])
 def test_compiles_without_a_graph_break(options):

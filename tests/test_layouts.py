@@ -1,16 +1,14 @@
 """layouts.py against small folders in each layout. Most files are empty: only names count."""
-
 import json
 import os
-import sys
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
+from test_video import write_video
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import checkpoints
+import data
 import layouts
 
 
@@ -163,7 +161,6 @@ def test_something_something_errors(tmp_path):
 
 
 def test_something_something_videos_are_read(tmp_path):
-    data, write_video = pytest.importorskip("data"), pytest.importorskip("test_video").write_video
     write_something(tmp_path, "", train=[("11", 1)])
     write_video(tmp_path / "20bn-something-something-v2/11.webm", range(36), Fraction(1, 12),
                 "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"})

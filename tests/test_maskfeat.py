@@ -116,16 +116,6 @@ def test_mask_token_replaces_stem_tokens():
     assert torch.equal(seen["tokens"][~hidden], stem[~hidden])
 
 
-def test_compiles_without_a_graph_break():
-    """Of an image. test_compile.py has whole steps, of clips as well."""
-    model, x, mask = image_model()
-    with torch.no_grad():
-        want = model(x, mask)
-        got = torch.compile(model, fullgraph=True, backend="aot_eager")(x, mask)
-    for a, b in zip(got, want):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
 def test_autocast():
     model, x, mask = video_model()
     with torch.autocast("cpu", torch.bfloat16):

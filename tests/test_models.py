@@ -46,9 +46,9 @@ def test_build_classifier():
         classifier("resnet")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model, shape", [
-    (ViT(16, 1, 2, 7, 32), (3, 32, 32)),
-    pytest.param(MViT(16, 1, (1, 1), 7, 4, 32, 8), (3, 4, 32, 32), marks=pytest.mark.slow)])
+    (ViT(16, 1, 2, 7, 32), (3, 32, 32)), (MViT(16, 1, (1, 1), 7, 4, 32, 8), (3, 4, 32, 32))])
 def test_export_with_a_free_batch_size(model, shape):
     """torch.export of a graph for two samples computes the same for one and for three."""
     sizes = ({0: torch.export.Dim("batch", max=64)},)

@@ -4,9 +4,8 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, in_this_process
 from PIL import Image
-from test_data import InThisProcess
 from test_video import VIDEOS, decode_all, read_numbers, write_video
 
 import layouts
@@ -15,7 +14,7 @@ from tools import resize
 
 
 def copy(monkeypatch, source, target, short_side=48):
-    monkeypatch.setattr(resize, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(resize, "ProcessPoolExecutor", in_this_process)
     return resize.resize(source, target, short_side, 1)
 
 

@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 USES = {
@@ -18,6 +19,7 @@ USES = {
 }
 
 
+@pytest.mark.slow
 def test_each_file_works_alone(tmp_path):
     """Each has a folder of its own. Pillow is blocked until the last one, augment."""
     code = "import sys, torch\nfor other in ('PIL', 'av', 'tqdm'): sys.modules[other] = None\n"

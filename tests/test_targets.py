@@ -3,7 +3,6 @@ import math
 import os
 import re
 import signal
-import sys
 
 import engine
 
@@ -12,16 +11,15 @@ import pytest
 import runs
 import torch
 import torch.nn.functional as F
+from conftest import slow
 from PIL import Image
 from test_teachers import Hostile, keys, save
 
 import checkpoints
 import data
 import layouts
-import pretrain
 import targets
 import teachers
-import visualize
 import vit
 from tools.flops import count_flops
 
@@ -325,45 +323,26 @@ def images(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """script(module, flags) runs main() of a script in this process and restores the signals."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def run(module, *flags):
-        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
-        module.main()
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 IMAGES = ["--model", "vit_tiny", "--image-size", 32, "--epochs", 1, "--batch-size", 4,
           "--workers", 0]
 CLIPS = ["--image-size", 32, "--num-frames", 4, "--sampling-rate", 2, "--epochs", 1,
          "--batch-size", 6, "--workers", 0]
 
 
-def slow(*row):
-    return pytest.param(*row, marks=pytest.mark.slow)
-
-
 @pytest.mark.parametrize("kind, target, teacher, flags, width", [
-    slow("images", "dvae", "dvae", [], 8192), ("images", "dino", "dino", [], 128),
+    slow("images", "dvae", "dvae", [], 8192), slow("images", "dino", "dino", [], 128),
     slow("images", "deit", "dino", ["--align", "nearest"], 128),
     slow("images", "mocov2", "mocov2", [], 2048),
     slow("images", "resnet50", "resnet50", ["--align", "dilated"], 2048),
     ("images", "label", "", ["--label-classes", 5, "--label-order", "released"], 5),
     slow("clips", "dvae", "dvae", [], 8192), slow("clips", "dino", "dino", [], 128),
     slow("clips", "mvit_b", "mvit_b", [], 768)])
-def test_pretraining(kind, target, teacher, flags, width, images, clips, made, script, tmp_path,
-                     capsys):
+def test_pretraining(kind, target, teacher, flags, width, images, clips, made, tmp_path):
     """Two steps: a log, a checkpoint of the student only, and pictures."""
     folder, out = images if kind == "images" else clips, tmp_path / "out"
     teacher = ["--teacher", made(teacher)] if teacher else []
-    script(pretrain, "--data", folder, "--out", out, "--target", target, *teacher, *flags,
-           *(IMAGES if kind == "images" else CLIPS))
+    output = runs.run_well("pretrain.py", "--data", folder, "--out", out, "--target", target,
+                           *teacher, *flags, *(IMAGES if kind == "images" else CLIPS))
     log = [line for line in runs.log_of(out) if "loss" in line]
     assert [line["step"] for line in log] == [1, 2]
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in log)
@@ -372,37 +351,40 @@ def test_pretraining(kind, target, teacher, flags, width, images, clips, made, s
     assert not any(name.startswith("target") for name in state)
     assert len(state["head.bias"]) == width
     if teacher:
-        assert f"parameters from {teacher[1]}" in capsys.readouterr().out
+        assert f"parameters from {teacher[1]}" in output
     picture = tmp_path / "again.png"
     sample = next((folder / "train").rglob("*.png" if kind == "images" else "*.mp4"))
-    script(visualize, "--checkpoint", out / "last.pt", "--input", sample, "--output", picture)
+    runs.run_well("visualize.py", "--checkpoint", out / "last.pt", "--input", sample, "--output",
+                  picture)
     for path in (out / "prediction.png", picture):
         assert np.asarray(Image.open(path).convert("RGB")).std() > 10
 
 
-@pytest.mark.parametrize("target", [slow("pixel"), slow("dvae"), slow("dino"), "label"])
-def test_stopped_and_resumed(target, images, made, script, tmp_path, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["pixel", "dvae", "dino", "label"])
+def test_stopped_and_resumed(target, images, made, tmp_path, monkeypatch):
     """Stopped after three of six steps and resumed, a run gives the weights of a whole one."""
     flags = ["--data", images, "--target", target, *IMAGES, "--epochs", 3, "--drop-path", 0.2]
     if target == "label":
         flags += ["--label-classes", 5]
     elif target != "pixel":
         flags += ["--teacher", made(target)]
-    script(pretrain, *flags, "--out", tmp_path / "whole")
+    runs.run_well("pretrain.py", *flags, "--out", tmp_path / "whole")
     asked = iter(["", "", "", "SIGTERM"])
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch:
         patch.setattr(engine.StopSignal, "agreed", lambda self: next(asked))
-        script(pretrain, *flags, "--out", tmp_path / "stopped")
+        done = runs.run("pretrain.py", *flags, "--out", tmp_path / "stopped")
+    assert done.returncode == 128 + signal.SIGTERM
     assert checkpoints.read_checkpoint(tmp_path / "stopped/last.pt")["step"] == 3
-    script(pretrain, *flags, "--out", tmp_path / "stopped", "--resume")
+    runs.run_well("pretrain.py", *flags, "--out", tmp_path / "stopped", "--resume")
     runs.assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_dry_run(images, made, script, tmp_path, capsys):
+def test_dry_run(images, made, tmp_path):
     """Tells the cost of student and teacher, and writes nothing."""
-    script(pretrain, "--data", images, "--out", tmp_path / "out", "--target", "dino",
-           "--teacher", made("dino"), *IMAGES, "--epochs", 30, "--dry-run")
-    report = capsys.readouterr().out.split("dry run, nothing written: ")[1]
+    output = runs.run_well("pretrain.py", "--data", images, "--out", tmp_path / "out", "--target",
+                           "dino", "--teacher", made("dino"), *IMAGES, "--epochs", 30, "--dry-run")
+    report = output.split("dry run, nothing written: ")[1]
     teacher = count_flops(vit.vit_tiny(num_classes=0, image_size=32), (1, 3, 32, 32))
     for words in ("student 1.2 M parameters", "target dino 1.2 M parameters", "GiB", "s per step",
                   "for 60 steps"):
@@ -421,8 +403,9 @@ def test_dry_run(images, made, script, tmp_path, capsys):
     (["--target", "mvit_b", "--teacher", "DINO"], "mvit_b is not for images"),
     (["--target", "label", "--teacher", "nowhere"], "8 of 8"),
     (["--target", "label", "--label-classes", 3], "classes 0 to 4 of 3")])
-def test_refused_before_training(images, made, script, tmp_path, flags, words):
+def test_refused_before_training(images, made, tmp_path, monkeypatch, capsys, flags, words):
     flags = [made("dino") if flag == "DINO" else flag for flag in flags]
-    with pytest.raises((ValueError, FileNotFoundError), match=words):
-        script(pretrain, "--data", images, "--out", tmp_path / "out", *IMAGES, *flags)
+    error = runs.refusal(monkeypatch, capsys, "pretrain", "--data", images, "--out",
+                         tmp_path / "out", *IMAGES, *flags)
+    assert re.search(words, error)
     assert not (tmp_path / "out").exists()

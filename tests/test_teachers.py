@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import GOLDEN, golden_input
+from conftest import GOLDEN, golden_input, slow
 
 import teachers
 import vit
@@ -128,7 +128,8 @@ def test_resnet50(golden, tmp_path):
         np.testing.assert_allclose(resized[0], z[f"b_{mode}14_ch_first{channels}"], atol=2e-5)
 
 
-def test_mvit_b(tmp_path):
+@pytest.mark.slow
+def test_mvit_b():
     """Names, shapes and grids of the release, and its FLOPs. No golden output exists."""
     with torch.device("meta"):
         model = teachers.MViTB()
@@ -147,6 +148,7 @@ def test_mvit_b(tmp_path):
         assert teachers.MViTB(16)(torch.empty(1, 3, 16, 224, 224)).shape == (1, 768, 8, 14, 14)
 
 
+@pytest.mark.slow
 def test_mvit_b_by_the_loop():
     """Pooled attention against its definition, head by head, and the order of positions."""
     torch.manual_seed(0)
@@ -205,9 +207,8 @@ LAYOUTS = {  # name: (loader, what precedes our names, what is around the state 
 }
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.slow if name in ("mvit_b", "deit", "dvae") else ())
-    for name in LAYOUTS])
+@pytest.mark.parametrize("name", [name if name in ("dino_full", "resnet50") else slow(name)
+                                  for name in LAYOUTS])
 def test_public_layout(name, tmp_path):
     """Every tensor comes from its place in the file. Without one of them, the file is refused."""
     load, prefix, around = LAYOUTS[name]

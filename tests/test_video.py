@@ -132,7 +132,7 @@ def strategies(monkeypatch):
 
 @pytest.mark.parametrize("name", VIDEOS)
 def test_read_clip_shows_the_frames_of_a_slow_reference(videos, name):
-    for num_frames, rate in ((16, 4), (8, 2), (5, 1)):
+    for num_frames, rate in ((16, 4), (5, 1)):
         for position in (0, 0.31, 0.5, 0.77, 1):
             clip = video.read_clip(videos[name], num_frames, rate, position, short_side=None)
             assert clip.shape == (num_frames, 3, 48, 64) and clip.dtype == torch.uint8
@@ -222,10 +222,10 @@ def test_one_reading_is_enough(ending, tmp_path, strategies):
     """Matroska's packets carry no decoding times. Those that libav makes up go back and forth."""
     options = {"g": "48", "bf": "8", "b-pyramid": "normal"}
     path = write_video(tmp_path / f"v.{ending}", range(240), options=options)
-    for k in range(13):
-        clip = video.read_clip(path, 8, 3, k / 12, None)
-        assert read_numbers(clip) == expected_numbers(path, 8, 3, k / 12)
-    assert strategies == ["seek"] * 13
+    for k in range(8):
+        clip = video.read_clip(path, 8, 3, k / 7, None)
+        assert read_numbers(clip) == expected_numbers(path, 8, 3, k / 7)
+    assert strategies == ["seek"] * 8
 
 
 def test_a_frame_on_display_that_does_not_come_is_not_replaced(videos, monkeypatch, strategies):
@@ -437,8 +437,8 @@ def test_reading_leaves_nothing_open(videos):
     video.read_clip(videos["vp8.webm"])
     gc.collect()                                         # what earlier tests left
     before = len(os.listdir("/proc/self/fd"))
-    for k in range(50):
-        video.read_clip(videos["b_frames.mp4"], 4, 1, k / 100, 24)
+    for k in range(15):
+        video.read_clip(videos["b_frames.mp4"], 4, 1, k / 30, 24)
         with pytest.raises(video.UnreadableFile):
             video.read_clip(ROOT / "video.py")
     assert len(os.listdir("/proc/self/fd")) == before
