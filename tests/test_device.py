@@ -216,6 +216,7 @@ def pretend(device, monkeypatch, net, *inputs):
                             lambda q, k, v, scale=1.0: (q @ k.mT * scale).softmax(-1) @ v)
     mode = FakeTensorMode(allow_non_fake_inputs=False)
     fake = lambda x: FakeTensor(mode, x.detach().to("meta"), torch.device(device, 0))
+    monkeypatch.setattr("torch.__future__._overwrite_module_params_on_conversion", True)
     net.requires_grad_(device == "cpu")._apply(fake)
     return mode, *map(fake, inputs)
 
