@@ -444,7 +444,8 @@ def roi_weights(start, size, length, bins, ratio):
     """
     part = size / bins
     count = torch.full_like(size, ratio) if ratio else part.ceil().clamp(min=0)   # (n,) samples
-    k = torch.arange(max(int(count.max()), 1) if len(count) else 1, device=size.device)
+    # Enough for a box of `bins` times the map. The largest count would be a wait for the GPU.
+    k = torch.arange(ratio or length, device=size.device)
     step = (part / count.clamp(min=1))[:, None, None]
     place = torch.arange(bins, device=size.device)[:, None] * part[:, None, None]
     place = start[:, None, None] + (place + (k + 0.5) * step)                     # (n, bins, K)
@@ -493,7 +494,7 @@ class Detector(nn.Module):
 
     def classify(self, features, rois):
         """(B, D, h, w), (n, 5) in pixels -> logits (n, 80) float32."""
-        with torch.autocast(features.device.type, enabled=False):
+        with torch.autocast("cpu" if features.is_meta else features.device.type, enabled=False):
             x = roi_align(features.float(), rois, self.scale).amax(dim=(2, 3))    # (n, D)
             return self.model.head(F.dropout(x, self.model.dropout, self.training))
 
@@ -579,7 +580,8 @@ def train(name, recipe, overrides, rank, world, device, print0):
     while run.step < run.total_steps:
         lr = run.start_step()
         parts = [run.next_batch(loader) for _ in range(accumulate)]
-        boxes = engine.reduce_mean(sum(len(part["rois"]) for part in parts), device)  # per rank
+        boxes = engine.reduce_mean(sum(len(part["rois"]) for part in parts),
+                                   torch.device("cpu"))       # per rank, without a wait for the GPU
         step_loss = torch.zeros((), device=device)
         for micro, part in enumerate(parts):
             run.exit_on_signal()

@@ -342,9 +342,10 @@ class FinetuneDataset(torch.utils.data.Dataset):
 
 def normalize(x, mean, std):
     """uint8 (B, 3, [T,] H, W) -> float, less the mean and over the deviation of each color."""
-    shape = (3, *[1] * (x.ndim - 2))
-    mean, std = (torch.tensor(v, device=x.device).view(shape) for v in (mean, std))
-    return x.float().div(255).sub(mean).div(std)
+    x = x.float().div(255)
+    for color, m, s in zip(x.unbind(1), mean, std):             # of views: this writes into x
+        color.sub_(m).div_(s)                   # numbers: to copy a tensor to a GPU is a wait
+    return x
 
 
 def color_stats(samples, count):
