@@ -7,6 +7,7 @@ import sys
 import engine
 
 import pytest
+import runs
 from conftest import ROOT
 from PIL import Image
 
@@ -73,6 +74,12 @@ def test_rows_run_once(folder, monkeypatch):
         patch.setattr(ablate.os, "system", lambda command: 2)
         run(patch, *flags)
     assert (folder / ablate.RESULTS).read_text() == ""
+
+    def system(command):
+        python, script, *arguments = shlex.split(command)
+        assert python == sys.executable
+        return runs.run(script, *arguments).returncode
+    monkeypatch.setattr(ablate.os, "system", system)
     run(monkeypatch, *flags)
     lines = [json.loads(text) for text in (folder / ablate.RESULTS).read_text().splitlines()]
     assert [one["row"] for one in lines] == ["scratch", "hog-none"] and lines[0]["files"] == 4

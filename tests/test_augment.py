@@ -308,6 +308,7 @@ def test_cutmix_box_side():
     assert any(t == 0 for t, _, _, _ in boxes) and any(r == 200 for _, _, _, r in boxes)
 
 
+@pytest.mark.slow
 def test_mix_draws():
     """Shares over many batches: both kinds by turns, mean lambda one half for mixup."""
     x, labels, rng = torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]), random.Random(0)

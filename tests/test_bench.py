@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from conftest import slow
 
 import pretrain
 from tools import bench
@@ -29,8 +30,7 @@ def test_sides_take_turns():
     assert len(turns) == 2 and turns[0] == turns[1] and len(turns[0]) > 1
 
 
-@pytest.mark.parametrize(
-    "model", [pytest.param("mvitv2_s", marks=pytest.mark.slow), "vit_tiny"])
+@pytest.mark.parametrize("model", [slow("mvitv2_s"), "vit_tiny"])
 def test_plain_form_is_another_way_to_the_same_step(model):
     recipe, losses = pretrain.Recipe(model=model, image_size=(64, 64), num_frames=2), []
     for form in (torch.nn.Identity(), bench.plainly):
@@ -48,8 +48,11 @@ def test_plain_forms_are_in_place_only_while_they_run():
 
 
 @pytest.mark.slow
-def test_command(monkeypatch, tmp_path, capsys):
-    """Everything but the attention, for a tiny model."""
+def test_command(monkeypatch, tmp_path, capsys, forks):
+    """Everything but the attention, for a tiny model and small pictures."""
+    draw_noise = bench.draw_noise
+    monkeypatch.setattr(bench, "draw_noise", lambda width, height, frames: draw_noise(
+        width // 20 * 4, height // 20 * 4, frames))
     monkeypatch.setitem(bench.BATCH, "vit_tiny", (1, 1))
     monkeypatch.setattr(bench, "bench_parts", lambda rounds: [("mask", "ms", [0.1])])
     flags = ["--models", "vit_tiny", "--rounds", "1", "--json", str(tmp_path / "a.json")]

@@ -100,6 +100,7 @@ def test_predict_without_a_checkpoint(evaluated, tmp_path, monkeypatch, capsys):
     assert sum(shares.values()) == pytest.approx(100, abs=0.02)
 
 
+@pytest.mark.slow
 def test_features_of_both_splits_and_of_unlabeled_files(evaluated, tmp_path):
     def table(data, *flags):
         evaluated(GOLDEN / "old_pretrain.pt", "--data", data, "--features", tmp_path / "f.npz",

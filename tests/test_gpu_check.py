@@ -1,9 +1,7 @@
 """tools/gpu_check.py on a CPU, in small."""
-import subprocess
-import sys
-
 import pytest
-from conftest import ROOT
+import runs
+import torch
 
 from tools import bench
 
@@ -14,14 +12,18 @@ def test_table():
         "| a | b | d |", "| --- | --- | --- |", "| 1.23 | x |  |", "| 2 |  | 0.5 |"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would begin")
+def test_without_a_gpu(monkeypatch, capsys):
+    assert "use --small" in runs.refusal(monkeypatch, capsys, "tools.gpu_check")
+
+
 @pytest.mark.slow
-def test_command(tmp_path):
+def test_command(tmp_path, forks):
     """A part that is done is not run again, one that fails stops no other, and a table is left."""
     (tmp_path / "mvitv2_s.json").write_text('[{"step": "done before"}]')
     (tmp_path / "hog.json").mkdir()                           # its file cannot be written
-    command = [sys.executable, "-m", "tools.gpu_check", "--small", "--out", str(tmp_path),
-               "--parts", "mvitv2_s", "hog", "fp16", "loader"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = runs.run("tools.gpu_check", "--small", "--out", tmp_path, "--parts", "mvitv2_s", "hog",
+                    "fp16", "loader")
     assert done.returncode == 2 and "hog ended with an error" in done.stderr, done.stderr
     table = (tmp_path / "table.md").read_text()
     assert "done before" in table and "| mvit_nano | eager | fp16 | 2 |" in table

@@ -89,6 +89,7 @@ def test_cube_statistics():
     assert (masks[:, 1:] != masks[:, :-1]).any((1, 2, 3)).mean() > 0.99
 
 
+@pytest.mark.slow
 def test_tube_statistics_and_constancy_in_time():
     rng = random.Random(0)
     masks = [tube_mask((8, 14, 14), 0.4, rng) for _ in range(COUNT)]

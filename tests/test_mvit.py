@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import slow
 from plain import plain_attention, plain_pool
 
 import mvit
@@ -86,7 +87,7 @@ def tiny(**kw):
 
 
 @pytest.mark.parametrize("options, shape", [
-    ({}, (4, 64, 64)), ({}, (8, 80, 112)), ({"expand": "attn"}, (4, 64, 64)),
+    ({}, (4, 64, 64)), slow({}, (8, 80, 112)), ({"expand": "attn"}, (4, 64, 64)),
     ({"image_size": (64, 96)}, (4, 64, 96)), ({"output_stride": 16}, (4, 64, 64)),
     ({"output_stride": 8}, (6, 56, 72))])
 def test_sizes_and_gradients(options, shape):

@@ -3,15 +3,13 @@
 Both runs were stopped by SIGTERM after step 4 of 9, on golden/old_clips, with `tiny` below.
 """
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import runs
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN
 
 import data
 import models
@@ -37,14 +35,14 @@ def tiny(**kw):
     return mvit.MViT(8, 1, (1, 1), **{"output_stride": 8, "kv_stride": 4, **kw})
 
 
-def restore_pixels(script):
+def restore_pixels(patch, script):
     """The pixels as they were: frames scaled bilinearly, and in pre-training to a short side of
     256, from which crops were scaled without antialiasing."""
-    video.SCALING = "BILINEAR"
+    patch.setattr(video, "SCALING", "BILINEAR")
     if script == "pretrain":
-        data.decoded_side = lambda image_size: 256
-        data.F = SimpleNamespace(
-            interpolate=lambda *args, antialias, **kw: F.interpolate(*args, **kw))
+        patch.setattr(data, "decoded_side", lambda image_size: 256)
+        patch.setattr(data, "F", SimpleNamespace(
+            interpolate=lambda *args, antialias, **kw: F.interpolate(*args, **kw)))
 
 
 @pytest.mark.parametrize("script", RUNS)
@@ -68,19 +66,14 @@ def test_loads(script, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", RUNS)
-def test_resumes(script, tmp_path):
+def test_resumes(script, tmp_path, monkeypatch):
     """The run goes on to its end, with the losses that the earlier version had."""
     more, losses = RUNS[script]
     shutil.copy(GOLDEN / f"old_{script}.pt", tmp_path / "last.pt")
-    code = ("import engine, mvit, models, test_old_checkpoints as test\n"
-            "mvit.MODELS['mvit_tiny'] = models.MODELS['mvit_tiny'] = test.tiny\n"
-            f"test.restore_pixels({script!r})\n"
-            f"import {script}; engine.run_main({script}.main)")
-    flags = ["--data", GOLDEN / "old_clips", "--out", tmp_path, "--resume", *FLAGS, *more]
-    done = subprocess.run([sys.executable, "-c", code, *map(str, flags)], capture_output=True,
-                          text=True, cwd=ROOT / "tests", timeout=300,
-                          env={**runs.ENV, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setitem(models.MODELS, "mvit_tiny", tiny)
+    restore_pixels(monkeypatch, script)
+    runs.run_well(f"{script}.py", "--data", GOLDEN / "old_clips", "--out", tmp_path, "--resume",
+                  *FLAGS, *more)
     assert read_checkpoint(str(tmp_path / "last.pt"))["step"] == 9
     log = [line for line in runs.log_of(tmp_path) if "loss" in line]
     assert [line["step"] for line in log] == [5, 6, 7, 8, 9]

@@ -75,6 +75,7 @@ def small(command, **kw):
     return run([*command[:2], command[2].replace("synthetic; ", f"synthetic; {change}")], **kw)
 
 
+@pytest.mark.slow
 def test_folder_is_made_once_and_whole(tmp_path, monkeypatch):
     folder = tmp_path / "set"
     monkeypatch.setattr(synthetic.subprocess, "run", lambda command, cwd: run(["false"]))

@@ -363,8 +363,8 @@ def test_pretraining(kind, target, teacher, flags, width, images, clips, made, t
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["pixel", "dvae", "dino", "label"])
 def test_stopped_and_resumed(target, images, made, tmp_path, monkeypatch):
-    """Stopped after three of six steps and resumed, a run gives the weights of a whole one."""
-    flags = ["--data", images, "--target", target, *IMAGES, "--epochs", 3, "--drop-path", 0.2]
+    """Stopped after three of four steps and resumed, a run gives the weights of a whole one."""
+    flags = ["--data", images, "--target", target, *IMAGES, "--epochs", 2, "--drop-path", 0.2]
     if target == "label":
         flags += ["--label-classes", 5]
     elif target != "pixel":
@@ -380,6 +380,7 @@ def test_stopped_and_resumed(target, images, made, tmp_path, monkeypatch):
     runs.assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.slow
 def test_dry_run(images, made, tmp_path):
     """Tells the cost of student and teacher, and writes nothing."""
     output = runs.run_well("pretrain.py", "--data", images, "--out", tmp_path / "out", "--target",

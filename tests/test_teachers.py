@@ -239,6 +239,7 @@ def test_flava_names(tmp_path):
                        constants("dvae")["blocks.group_2.block_1.id_path.b"].contiguous())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Couldn't retrieve source")
 def test_pickled_dalle_encoder(tmp_path, monkeypatch):
     """A module with the original's class names is read without these classes."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, slow
 from PIL import Image, PngImagePlugin
 from plain import plain_clip
 
@@ -190,7 +190,7 @@ def test_moments_count_from_the_first_frame(videos):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="needs /proc")
-@pytest.mark.parametrize("ending", ["mkv", "ts"])
+@pytest.mark.parametrize("ending", ["mkv", slow("ts")])
 def test_a_clip_reads_little_of_a_long_file(tmp_path, ending):
     path = write_video(tmp_path / f"v.{ending}", range(1000), Fraction(1, 5), noise=True,
                        options={"g": "10", "preset": "ultrafast", "qp": "1"})
