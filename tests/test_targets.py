@@ -24,17 +24,29 @@ import vit
 from tools.flops import count_flops
 
 
+@pytest.fixture(scope="module", autouse=True)
+def narrow():
+    """A dVAE of an eighth of the width. test_teachers.py has it in full."""
+    conv = teachers.Conv
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teachers, "Conv", lambda dim, dim_out, kernel: conv(
+            dim // 8 or dim, dim_out if dim_out == 8192 else dim_out // 8, kernel))
+        yield
+
+
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """made(name) -> path of a teacher with random weights. Only "dino" is small."""
+def made(tmp_path_factory, narrow):
+    """made(name) -> path of a teacher with random weights. "dino" and "dvae" are small."""
     folder = tmp_path_factory.mktemp("teachers")
 
     def make(name):
         path = folder / f"{name}.pt"
         if not path.exists():
             generator = torch.Generator().manual_seed(0)
-            tiny = vit.vit_tiny(num_classes=1, image_size=32).state_dict()
-            shapes = {k: x.shape for k, x in tiny.items()} if name == "dino" else keys(name)
+            small = {"dino": lambda: vit.vit_tiny(num_classes=1, image_size=32),
+                     "dvae": teachers.Encoder}
+            shapes = {key: x.shape for key, x in small[name]().state_dict().items()} \
+                if name in small else keys(name)
             state = {}
             for key, shape in shapes.items():
                 scale = max(math.prod(shape[1:]), 50) ** -0.5
