@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, slow
 from test_teachers import constants, save
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,7 +53,7 @@ def small(model, **changes):
 
 
 @pytest.mark.parametrize("model, changes", [
-    ("mvitv2_s", {}), ("mvitv2_s", {"target": "pixel", "drop_path": 0.1}), ("vit_b", {}),
+    slow("mvitv2_s", {}), slow("mvitv2_s", {"target": "pixel", "drop_path": 0.1}), ("vit_b", {}),
     ("vit_b", {"norm": "none", "color": "gray", "checkpointing": True})])
 def test_every_tensor_of_a_step_is_on_the_device_of_the_model(model, changes):
     """On the meta device, a tensor of the CPU in a forward or backward pass is an error."""
@@ -68,6 +68,7 @@ def test_every_tensor_of_a_step_is_on_the_device_of_the_model(model, changes):
     assert prediction.is_meta and all(p.grad.is_meta for p in net.parameters())
 
 
+@pytest.mark.slow
 def test_every_tensor_of_a_finetuning_step_is_on_the_device_of_the_model():
     with torch.device("meta"):
         net = models.MODELS["mvitv2_s"](num_frames=4, image_size=64, dropout=0.5, drop_path=0.1)
@@ -165,7 +166,8 @@ def small_step(name, folder):
             torch.zeros(2, *[2] * video, 8, 8).bool(), extra.get(name, torch.zeros(0)))
 
 
-@pytest.mark.parametrize("name", [*TARGETS][2:])              # after hog and pixel
+@pytest.mark.parametrize("name", [                            # after hog and pixel
+    slow(name) if name in ("dvae", "mvit_b") else name for name in [*TARGETS][2:]])
 def test_every_target_is_on_the_device_of_the_model_and_does_not_wait(name, tmp_path):
     net, *inputs = small_step(name, tmp_path)
     with Waits() as waits:
