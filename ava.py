@@ -770,7 +770,8 @@ def evaluate(recipe, frames, scores, unreadable, view, every, stem):
         "per_class": {name: [known.get(label), int((counted == label).sum())]
                       for label, name in names.items()},
         "key_frames": len(frames), "boxes": sum(len(s) for s in scores if s is not None),
-        "unreadable": [list(entry) for entry in unreadable]}
+        "unreadable": [list(entry) for entry in unreadable],
+        "about": engine.provenance(recipe, fingerprint_of(frames), len(frames))}
     if stem:
         with open(f"{stem}_{view}.csv", "w") as f:
             for key, box, label, score in found:  # nine digits tell any float32
@@ -912,6 +913,7 @@ def main():
     if recipe.dry_run:
         return dry_run(recipe, device, print0)
     if not recipe.data and not recipe.eval:
+        checkpoints.find_checkpoint(recipe)                   # refuses before movies are made
         folder = synthetic.make_dataset("data/synthetic_ava", print0=print0, what="movies")
         recipe = replace(recipe, data=folder, movie_start=float(synthetic.MOVIE_START))
     if not recipe.eval:

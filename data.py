@@ -479,7 +479,9 @@ class ViewDataset(torch.utils.data.Dataset):
             x = read_views(self.samples.paths[index], *self.arguments, self.starts[index])
         except UnreadableFile as error:
             x = torch.zeros(self.shape, dtype=torch.uint8)
-            unreadable = [(error.path, error.reason)]
+            start = self.starts[index]
+            where = f", in its clip from {start:g} s on" if start is not None else ""
+            unreadable = [(error.path, error.reason + where)]
         return {"x": x, "label": self.samples.labels[index], "index": index,
                 "readable": not unreadable, "unreadable": unreadable}
 
@@ -583,9 +585,13 @@ def collate_in_worker(collate, items):
 
 
 def start_worker(worker_id):
-    """A signal to the whole process group spares the workers: the parent saves, then kills them."""
+    """A signal to the whole process group spares the workers: the parent saves, then kills them.
+
+    It may be taking over a tensor just then. The worker's side of this would print a traceback.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None            # errors of a sample travel with its batch
     torch.set_num_threads(1)
 
 
@@ -747,7 +753,8 @@ def check(folder, workers, image_size, verbose):
     media += sorted(listed - set(media))        # a list may name files elsewhere
     facts = []
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        results = tqdm(pool.map(check_file, media), total=len(media), unit="file")
+        results = tqdm(pool.map(check_file, media), total=len(media), unit="file",
+                       disable=None)            # None: only on a terminal
         for (text, fact), path in zip(results, media):
             if fact:
                 facts.append(fact)
@@ -782,8 +789,10 @@ def main():
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--check", metavar="DIR", help="decode every file")
     task.add_argument("--stats", metavar="DIR", help="mean and deviation of up to 200 files")
-    parser.add_argument("--workers", type=int, default=engine.usable_cores(), help="of --check")
-    parser.add_argument("--image-size", type=int, default=224, help="--check: count smaller files")
+    parser.add_argument("--workers", type=int, default=engine.usable_cores(),
+                        help="of --check [one per core]")
+    parser.add_argument("--image-size", type=int, default=224,
+                        help="--check: count smaller files [224]")
     parser.add_argument("--verbose", action="store_true", help="--check: name usable files, too")
     options = parser.parse_args()
     engine.check_numbers(options, positive=("workers",))

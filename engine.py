@@ -28,6 +28,7 @@ from pathlib import Path
 # busy processes took 28 times as long. The policy counts only if it is set before torch is loaded,
 # so scripts import this file first.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+PARENT = os.getppid()  # before torch is loaded, which takes seconds: see follow_launcher
 
 import numpy as np
 import torch
@@ -60,6 +61,8 @@ def follow_launcher():
         import ctypes
 
         ctypes.CDLL(None).prctl(1, LAUNCHER_DIED)             # 1: PR_SET_PDEATHSIG
+        if os.getppid() != PARENT:                            # it was killed before that
+            sys.exit(128 + LAUNCHER_DIED)
 
 
 def init_distributed():
@@ -275,7 +278,7 @@ def print_setup(recipes, name, recipe, model, optimizer, world, device_batch, am
     """What is about to be trained, and how, with what differs from the row `name` of recipes."""
     row = vars(recipes.get(name, recipe))
     changed = [f"{key}={value}" for key, value in vars(recipe).items() if value != row[key]]
-    line = f"recipe {name} with {' '.join(changed) or 'nothing changed'}"
+    line = f"recipe {name}" + f" with {' '.join(changed) or 'nothing changed'}" * (name in recipes)
     if not getattr(recipe, "dry_run", False):
         line += f"; all values are in {recipe.out}/recipe.json"
     print0(textwrap.fill(line, 100, break_long_words=False, break_on_hyphens=False))
@@ -290,8 +293,8 @@ def print_setup(recipes, name, recipe, model, optimizer, world, device_batch, am
            + f"; {amp} on {weights[0].device}{threads}; "
            f"{sum(p.numel() for p in weights) / 1e6:.1f} M parameters")
     if recipe.warmup_epochs >= recipe.epochs:
-        print0(f"note: the warm-up of {recipe.warmup_epochs:g} epochs does not end before the "
-               "training, the learning rate only rises")
+        print0(f"note: warmup_epochs={recipe.warmup_epochs:g} is not less than epochs="
+               f"{recipe.epochs}: the learning rate only rises")
 
 
 # -------------------------------------------------------------------------------------- one folder
@@ -394,6 +397,9 @@ class Run:
         self.log_path = os.path.join(recipe.out, "log.jsonl")
         self.step = skipped = 0
         if checkpoint:
+            if ("classes" in checkpoint) != ("classes" in self.extra):
+                raise ValueError(f"--resume: {self.checkpoint_path} was written by another script: "
+                                 "choose another --out")
             check_resume(self.checkpoint_path, checkpoint, recipe, fingerprint, run_fields)
             check_weights(self.checkpoint_path, checkpoint["model"], model)
             model.load_state_dict(checkpoint["model"])
@@ -555,10 +561,11 @@ class Run:
                 "about": self.about, **self.extra})
         self.saved_step, self.save_time, self.save_is_due = self.step, time.monotonic(), False
 
-    def draw_sometimes(self, draw):
-        """Call draw() on rank 0 at the end of an epoch, within DRAW_SHARE of the time."""
+    def draw_sometimes(self, draw, at_end=False):
+        """Call draw() on rank 0 after a step, within DRAW_SHARE of the time, or at the end."""
         start = time.monotonic()
-        if self.rank == 0 and self.step % self.steps_per_epoch == 0 and start >= self.draw_time:
+        due = self.step > 1 and (at_end or start >= self.draw_time)           # a curve has two ends
+        if self.rank == 0 and due:
             try:
                 draw()
             except (ValueError, OSError) as error:            # a picture must not end a run
@@ -730,7 +737,7 @@ def parse_recipe(recipes, description, argv=None, check=lambda path, checkpoint:
         check_stored(path, stored, dataclasses.asdict(type(row)()))
         check(path, checkpoint)
         known = {field.name for field in dataclasses.fields(row)} & set(stored)
-        name, row = "of the run", dataclasses.replace(row, **{key: stored[key] for key in known})
+        name, row = f"of {path}", dataclasses.replace(row, **{key: stored[key] for key in known})
         changed |= {"batch_size"}             # it is the final one
     return name, dataclasses.replace(row, **overrides), changed
 

@@ -118,10 +118,11 @@ def describe(results, kind):
     """The lines to print: accuracies, classes (all, or the worst ten), what could not be read."""
     files, classes = results["files"], len(results["per_class"])
     line = f"{kind}s: {files}, clips x crops: {results['clips']} x {results['crops']}"
-    for level, key in ((kind, ""), ("clip" if kind == "video" else "crop", "view_")):
+    levels = [(kind, ""), ("clip" if kind == "video" else "crop", "view_")]
+    for level, key in levels[:results["clips"] * results["crops"]]:
         for k in (1, 5) if classes > 5 else (1,):
             line += f", {level}-level top-{k} {probe.percent(results[f'{key}top{k}'], files)}"
-    lines = [f"{line} (± one standard error, chance: {100 / classes:.2f})"]
+    lines = [f"{line} (± one standard error; chance of top-1: {100 / classes:.2f})"]
     ranked = sorted(((share, name, count) for name, (share, count) in results["per_class"].items()
                      if count), key=lambda entry: entry[:2])
     if len(ranked) > 40:
@@ -239,17 +240,20 @@ def parse_flags():
     add("--data", help="folder with the data, by default that of the checkpoint")
     add("--classes", default="", help="file that names the checkpoint's classes, one a line")
     add("--predict", nargs="+", help="print the top five classes of these files")
+    add = parser.add_argument_group("features").add_argument
     add("--features", default="", help="write pooled features of all files to this npz")
-    add("--split", nargs="+", choices=("train", "val"), default=(),
-        help="--features: of these parts only")
-    add("--every", type=float, default=0.0, help="--features: a clip each that many s of a video")
+    add("--split", nargs="+", choices=("train", "val"), default=(), help="of these parts only")
+    add("--every", type=float, default=0.0, help="a clip each that many s of a video [off]")
+    add = parser.add_argument_group("probes").add_argument
     add("--probe", action="store_true", help="compare small classifiers of frozen features")
     add("--shots", "--limit-per-class", type=int, nargs="+", default=[0],
-        help="--probe: train on that many files a class; several are compared; 0: all")
-    add("--seeds", type=int, default=1, help="--probe: draws of labels, from --seed on")
+        help="train on that many files a class; several are compared; 0: all [0]")
+    add("--seeds", type=int, default=1, help="draws of labels, from --seed on [1]")
+    add("--seed", type=int, default=0, help="of the first draw [0]")
     add("--attentive", action=argparse.BooleanOptionalAction, default=True,
-        help="--probe: the attentive probe, too, which keeps all tokens in memory")
-    add("--token-memory", type=float, default=4.0, help="GiB that these tokens may take")
+        help="the attentive probe, too, which keeps all tokens in memory [yes]")
+    add("--token-memory", type=float, default=4.0, help="GiB that these tokens may take [4]")
+    add = parser.add_argument_group("views, by default as the checkpoint says").add_argument
     add("--clips", type=int, help="clips per video, from its start to its end")
     add("--crops", type=int, choices=(1, 3), help="crops per clip: center, or 3 along a side")
     add("--crop-ratio", type=float, help="one crop: its side over the picture's shorter side")
@@ -259,10 +263,10 @@ def parse_flags():
     add("--segments", action=argparse.BooleanOptionalAction, help="one frame from each part")
     add("--mean", type=float, nargs=3, help="RGB mean of the input in [0, 1]")
     add("--std", type=float, nargs=3, help="RGB standard deviation")
-    add("--device-batch", type=int, default=8, help="most views per forward pass")
-    add("--amp", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="precision")
-    add("--workers", type=int, default=-1, help="loader processes per GPU; -1: by the cores")
-    add("--seed", type=int, default=0, help="of the probe")
+    add = parser.add_argument_group("the run").add_argument
+    add("--device-batch", type=int, default=8, help="most views per forward pass [8]")
+    add("--amp", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="precision [auto]")
+    add("--workers", type=int, default=-1, help="loader processes per GPU; -1: by the cores [-1]")
     flags = parser.parse_args()
     if not flags.checkpoint:
         if not flags.predict:

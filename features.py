@@ -166,7 +166,7 @@ def run_probe(model, recipe, device, rank, world, print0):
         if not all(map(len, [test, *rows])):
             raise ValueError(f"no file of one part of {recipe.data} can be read: run python "
                              f"data.py --check {recipe.data}")
-        print0(f"{shots or 'all'} labels a class: mean top-1 in percent ± one standard error, "
+        print0(f"labels a class: {shots or 'all'}; mean top-1 in percent ± one standard error, "
                f"{val.kind}s: {len(test)}, chance: {100 / len(classes):.2f}, draws: {len(rows)}")
         found = probe.compare(features, tokens, labels, rows, test, len(classes), device,
                               recipe.seed)
@@ -182,6 +182,6 @@ def check_token_memory(model, recipe, dataset, device):
     needed = 2 * 2 * len(dataset) * dataset.views * tokens.numel() / 2 ** 30  # float16, twice
     needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))      # each process keeps all
     if needed > recipe.token_memory:
-        raise ValueError(f"the attentive probe needs {needed:.1f} GiB for the tokens of "
+        raise ValueError(f"the attentive probe needs {needed:.2g} GiB for the tokens of "
                          f"{len(dataset)} files, --token-memory is {recipe.token_memory:g}: raise "
                          "it, take fewer labels (--shots 10), or leave it out (--no-attentive)")

@@ -281,6 +281,9 @@ def train(name, recipe, overrides, rank, world, device):
         make_dataset(recipe, samples), batches, engine.loader_workers(recipe.workers, device),
         pin_memory=device.type == "cuda", collate=data.collate_repeats))
 
+    loss_path = os.path.join(recipe.out, "loss.png")
+    draw = lambda: visualize.draw_loss([run.log_path], loss_path)
+
     # ---------------------------------------------------------------------------------------- loop
     model.train()
     while run.step < run.total_steps:
@@ -305,15 +308,15 @@ def train(name, recipe, overrides, rank, world, device):
             central = features.view_dataset(val_samples, recipe)
             results = evaluate.test(model, recipe, central, classes, device, rank, world)
             model.train()
-            print0(f"epoch {run.epoch:.0f}: validation top-1 {100 * results['top1']:.2f}, top-5 "
-                   f"{100 * results['top5']:.2f} (one central view, {len(results['unreadable'])} "
-                   "unreadable)")
+            print0(f"epoch {run.epoch:.0f}: validation, "
+                   + evaluate.describe(results, samples.kind)[0]
+                   + f", unreadable: {len(results['unreadable'])}")
             run.log(step=run.step, val_top1=results["top1"], val_top5=results["top5"])
             run.restart_clock()
-        run.draw_sometimes(lambda: visualize.draw_loss(
-            [run.log_path], os.path.join(recipe.out, "loss.png")))
+        run.draw_sometimes(draw)
+    run.draw_sometimes(draw, at_end=True)
     run.finish()
-    print0(f"wrote {run.checkpoint_path}, {run.log_path}")
+    print0(f"wrote {run.checkpoint_path}, {run.log_path}, {loss_path}")
     stem = run.checkpoint_path.removesuffix(".pt")
     return evaluate.run_test(model, recipe, val_samples, classes, stem, device, rank, world,
                              print0), val_samples
@@ -336,6 +339,7 @@ def main():
         raise FileNotFoundError(f"--init: no checkpoint at {recipe.init}: run pretrain.py before, "
                                 "or start from scratch with --init ''")
     if not recipe.data:
+        checkpoints.find_checkpoint(recipe)                   # refuses before clips are made
         few = {key: value for key, value in FEW_LABELS.items() if key not in overrides}
         recipe = replace(
             recipe, **few, data=synthetic.make_dataset("data/synthetic", print0=print0))
@@ -360,7 +364,9 @@ def compare(name, recipe, overrides, rank, world, device, print0):
             result, samples = train(name, row, overrides, rank, world, device)
             top1[label].append(100 * result["top1"])
     labels = f"labels a class: {recipe.limit_per_class}" if recipe.limit_per_class else "all labels"
-    print0(f"\ntop-1 in percent on {len(samples)} {samples.kind}s, {labels}, same budget")
+    classes, most = len(result["per_class"]), 50 / result["files"] ** 0.5
+    print0(f"\ntop-1 in percent on {len(samples)} {samples.kind}s, {labels}, same budget; chance: "
+           f"{100 / classes:.2f}, one standard error: at most {most:.2f}")
     print0(f"{'':14}" + "".join(f"{f'seed {seed}':>8}" for seed in seeds) + f"{'mean':>8}")
     for label, values in top1.items():
         print0(f"{label:14}" + "".join(f"{v:8.2f}" for v in [*values, np.mean(values)]))

@@ -86,7 +86,8 @@ class Recipe:
     beta2: float = option(0.999, "AdamW")                                             # release
     clip_grad: float = option(0.02, "largest total gradient norm")                    # release
     seed: int = option(0, "of everything random")
-    val_samples: int = option(256, "validation samples for a loss each epoch; 0: none")
+    val_samples: int = option(256, "validation samples for a loss each epoch, without such a "
+                              "part up to a quarter of the training samples; 0: none")
     data: str = option("", "folder with the data; without one, clips are made in data/synthetic",
                        group="the run")
     out: str = option("out/pretrain", "folder for checkpoint, log and pictures")
@@ -174,6 +175,8 @@ def main():
 
     # ---------------------------------------------------------------------------------------- data
     if not recipe.data:
+        if not recipe.dry_run:
+            checkpoints.find_checkpoint(recipe)               # refuses before clips are made
         recipe = replace(recipe, data=synthetic.make_dataset("data/synthetic", print0=print0))
     samples = engine.from_rank0(layouts.find_samples, recipe.data, "train")
     models.check_kind(recipe.model, samples)
@@ -233,8 +236,8 @@ def main():
         levels = held_out.levels()
         for path, reason in engine.gather_list(held_out.unreadable):
             print0(f"unreadable, replaced by another: {path}: {reason}")
-        print0(f"loss without a network on {len(few)} {source} {few.kind}s: "
-               + ", ".join(f"{rule} {level:.4f}" for rule, level in levels.items()))
+        without = ", ".join(f"{rule} {level:.4f}" for rule, level in levels.items())
+        print0(f"loss without a network on {len(few)} {source} {few.kind}s: {without}")
 
     # ---------------------------------------------------------------------------------------- loop
     model.train()
@@ -258,7 +261,7 @@ def main():
     run.finish()
     if held_out:
         val_loss = held_out.loss() if val_loss is None else val_loss
-        print0(f"loss on {source} {samples.kind}s: {val_loss:.4f}")
+        print0(f"loss on {source} {samples.kind}s: {val_loss:.4f}, without a network: {without}")
     if rank == 0:
         written = draw_pictures(run, shown, model)
         print0(f"wrote {', '.join([run.checkpoint_path, run.log_path, *written])}")

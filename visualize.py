@@ -178,11 +178,14 @@ def draw_loss(logs, output):
     for i in range(5):  # the axes go from (60, 320) to (700, 20)
         pen.line((60, 320 - 75 * i, 700, 320 - 75 * i), "lightgray")
         pen.text((6, 312 - 75 * i), f"{low + (top - low) * i / 4:.4f}", "black", font)
-        pen.text((52 + 160 * i, 326), f"{end * i / 4:.1f}", "black", font)
+        pen.text((52 + 160 * i, 326), f"{end * i / 4:.3g}", "black", font)
     pen.text((360, 342), "epoch", "black", font)
-    for rule, level in levels.items():
-        pen.line((60, height(level), 700, height(level)), "gray")
-        pen.text((706, height(level)), rule, "dimgray", font, anchor="lm")
+    names, below = sorted(levels, key=levels.get), 400
+    for rule in names:  # the lowest first; a name that would touch the one below goes above it
+        y = height(levels[rule])
+        pen.line((60, y, 700, y), "gray")
+        below = min(y, below - 13)
+        pen.text((706, below), rule, "dimgray", font, anchor="lm")
     for i, (path, curves) in enumerate(zip(logs, runs)):
         colors = [("steelblue", "navy"), ("orange", "saddlebrown"), ("mediumseagreen", "darkgreen"),
                   ("orchid", "purple")][i % 4]
@@ -199,8 +202,8 @@ def main():
     parser.add_argument("--checkpoint", help="of a pre-training")
     parser.add_argument("--input", nargs="+", default=[], help="clips or images")
     parser.add_argument("--log", nargs="+", help="draw the loss of these log.jsonl instead")
-    parser.add_argument("--output", default="prediction.png")
-    parser.add_argument("--frames", type=int, default=4, help="frames of each clip in the picture")
+    parser.add_argument("--output", default="prediction.png", help="[prediction.png]")
+    parser.add_argument("--frames", type=int, default=4, help="of each clip in the picture [4]")
     parser.add_argument("--seed", type=int, default=0, help="of the masks")
     parser.add_argument("--teacher", help="file of the teacher or folder of the label maps")
     args = parser.parse_args()

@@ -194,3 +194,18 @@ def test_a_launcher_dies_and_no_process_is_left(dead, clips, whole, tmp_path):
     with Machines(clips, out, flags=flags) as machines:
         assert f"resumed {out}/last.pt at step {step}" in machines.finish()
     runs.assert_same_weights(whole[0], out)
+
+
+def test_a_launcher_dies_before_training(clips, tmp_path):
+    """Its processes leave, although they had not asked for a signal yet. They would train on."""
+    out = tmp_path / "out"
+    with Machines(clips, out, nodes=1, processes=2) as machines:
+        def loading():
+            """Both have begun to load torch, which takes seconds."""
+            maps = [Path(f"/proc/{process}/maps").read_text()
+                    for process in machines.processes(LOCAL_WORLD_SIZE=2)]
+            return len(maps) == 2 and all("libtorch" in text for text in maps)
+        machines.wait(loading)
+        machines.launchers[0].kill()
+        assert machines.codes() == [-signal.SIGKILL]
+    assert not out.exists(), machines.text()

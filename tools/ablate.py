@@ -120,7 +120,8 @@ def main():
                 if os.system(command):
                     raise ValueError("the command above failed or was stopped; see its output")
             result = json.loads(next(Path(command.split()[-1]).glob("last_*.json")).read_text())
-            lines.append(line | {key: result[key] for key in ("top1", "top5", "files")})
+            lines.append(line | {key: result[key] for key in ("top1", "top5", "files")}
+                         | {key: result["about"][key] for key in ("date", "commit", "torch")})
             with open(RESULTS, "a") as file:
                 file.write(json.dumps(lines[-1]) + "\n")
     begin, end = MARKERS.format(""), MARKERS.format("/")

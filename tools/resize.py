@@ -144,7 +144,7 @@ def resize(source, target, short_side, workers):
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"),
                              end_with_parent) as pool:
         bar = tqdm(pool.map(convert, jobs), initial=len(names) - len(jobs), total=len(names),
-                   unit="file")
+                   unit="file", disable=None)           # None: only on a terminal
         for reason, (name, *_) in zip(bar, jobs):
             if reason:
                 left_out += 1
@@ -158,8 +158,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("target")
-    parser.add_argument("--short-side", type=int, default=256, help="pixels")
-    parser.add_argument("--workers", type=int, default=engine.usable_cores(), help="processes")
+    parser.add_argument("--short-side", type=int, default=256, help="pixels [256]")
+    parser.add_argument("--workers", type=int, default=engine.usable_cores(),
+                        help="processes [one per core]")
     flags = parser.parse_args()
     sys.exit(int(resize(flags.source, flags.target, flags.short_side, flags.workers) > 0))
 
