@@ -63,7 +63,7 @@ def test_unreadable_video_is_named_not_replaced(evaluated, tmp_path):
     output = evaluated(tmp_path / "last.pt", "--data", tmp_path / "bad", "--clips", 1, "--classes",
                        tmp_path / "names.txt", "--mean", 0.4, 0.4, 0.4)
     assert "videos that could not be read and are not counted: 1" in output
-    assert "circle_growing/0.mp4" in output and "chance: 50.00" in output and "top-5" not in output
+    assert "circle_growing/0.mp4" in output and "top-1: 50.00" in output and "top-5" not in output
     result = json.loads((tmp_path / "last_1x1.json").read_text())
     assert result["files"] == 3 and len(result["unreadable"]) == 1
     assert {name: n for name, (_, n) in result["per_class"].items()} == {

@@ -137,7 +137,8 @@ def test_comparison_over_seeds(monkeypatch, capsys, tmp_path):
     def train(name, recipe, *_):
         seen[recipe.out] = recipe.seed, recipe.init, recipe.limit_per_class
         samples = layouts.Samples("video", ["a.mp4"] * 300, [0] * 300, [])
-        return {"top1": 0.5 + 0.01 * recipe.seed if recipe.init else scratch["top1"]}, samples
+        top1 = 0.5 + 0.01 * recipe.seed if recipe.init else scratch["top1"]
+        return {"top1": top1, "files": 400, "per_class": dict.fromkeys("abcd")}, samples
 
     monkeypatch.setattr(finetune, "train", train)
     monkeypatch.setattr(finetune.synthetic, "make_dataset", lambda folder, print0: folder)
@@ -149,6 +150,7 @@ def test_comparison_over_seeds(monkeypatch, capsys, tmp_path):
         output = capsys.readouterr().out
         assert output.count("a note on the files") == 1
         assert "labels a class: 2" in output and ("is above each run" in output) == apart
+        assert "chance: 25.00, one standard error: at most 2.50\n" in output
         assert re.search(r"fine-tuned +54.00 +55.00 +56.00 +55.00\n", output)
     assert f"pre-training: {55 - 54.5:+.1f} points" in output
     assert seen == {
