@@ -146,6 +146,9 @@ def check(recipe):
     if recipe.teacher and recipe.target in ("hog", "pixel"):
         raise ValueError(f"--teacher {recipe.teacher}: target={recipe.target} has no teacher, "
                          "choose another --target")
+    if recipe.init and not recipe.resume and not os.path.isfile(recipe.init):
+        raise FileNotFoundError(f"--init: no checkpoint at {recipe.init}: name another file, or "
+                                "start from scratch with --init ''")
     engine.check_numbers(
         recipe, positive=("epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every",
                           "clip_grad", "output_stride"),
@@ -164,19 +167,15 @@ def check(recipe):
 def main():
     name, recipe, overrides = engine.parse_recipe(RECIPES, __doc__, check=models.check_checkpoint)
     check(recipe)
-    if recipe.init and not recipe.resume and not os.path.isfile(recipe.init):
-        raise FileNotFoundError(f"--init: no checkpoint at {recipe.init}: name another file, or "
-                                "start from scratch with --init ''")
     rank, world, device = engine.init_distributed()
     print0 = tqdm.write if rank == 0 else lambda line: None
     on_gpu = device.type == "cuda"
     if not (on_gpu or "device_batch" in overrides or recipe.model.endswith(("_nano", "_tiny"))):
         recipe = replace(recipe, device_batch=1)              # faster on a CPU, and smaller
 
-    # ---------------------------------------------------------------------------------------- data
+    # --------------------------------------------------------------------------------- data, resume
+    checkpoint = None if recipe.dry_run else checkpoints.find_checkpoint(recipe)
     if not recipe.data:
-        if not recipe.dry_run:
-            checkpoints.find_checkpoint(recipe)               # refuses before clips are made
         recipe = replace(recipe, data=synthetic.make_dataset("data/synthetic", print0=print0))
     samples = engine.from_rank0(layouts.find_samples, recipe.data, "train")
     models.check_kind(recipe.model, samples)
@@ -186,8 +185,7 @@ def main():
         recipe, len(samples), world, "batch_size" in overrides, print0)
     steps_per_epoch = len(samples) // recipe.batch_size
 
-    # --------------------------------------------------------------------- model, optimizer, resume
-    checkpoint = None if recipe.dry_run else checkpoints.find_checkpoint(recipe)
+    # ----------------------------------------------------------------------------- model, optimizer
     engine.seed_all(recipe.seed)
     model = models.build_maskfeat(dataclasses.asdict(recipe))
     if recipe.init and checkpoint is None:                    # head and mask token may be fresh
