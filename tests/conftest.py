@@ -1,8 +1,6 @@
 """Shared by the tests: the project on the path, runs of the scripts, golden inputs."""
 import contextlib
 import multiprocessing
-import os
-import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,47 +88,10 @@ def in_this_process(*_):
     return contextlib.nullcontext(SimpleNamespace(map=map))
 
 
-@pytest.fixture
-def forks(monkeypatch):
-    """What a tool starts is a fork, which spares the imports, but where a GPU needs more."""
-    if not torch.cuda.is_available():
-        context = multiprocessing.get_context("fork")
-        monkeypatch.setattr(torch.multiprocessing, "get_context", lambda _: context)
-
-
 def run_ranks(script, *flags):
-    """Output of a run of two processes that must end well. They are forks of this one, which spares
-    the launcher and the imports. Where there is a GPU, which no fork can use, torchrun starts them.
-    """
+    """Output of a run of two processes that must end well."""
     import runs
-    if torch.cuda.is_available():
-        return runs.run_well(script, *flags, processes=2)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    results = fork.Queue()
-
-    def run_rank(rank):
-        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        try:
-            done = runs.run(script, *flags)
-        except BaseException as error:
-            done = SimpleNamespace(returncode=1, stdout="", stderr=repr(error))
-        results.put((done.returncode, done.stdout + done.stderr))
-
-    processes = [fork.Process(target=run_rank, args=(rank,)) for rank in "01"]
-    try:
-        for process in processes:
-            process.start()
-        done = [results.get(timeout=300) for _ in processes]
-    finally:
-        for process in processes:
-            process.join(10)
-            process.kill()
-    assert [code for code, _ in done] == [0, 0], done
-    return "".join(output for _, output in done)
+    return runs.run_well(script, *flags, processes=2)
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,7 @@ def test_plain_forms_are_in_place_only_while_they_run():
 
 
 @pytest.mark.slow
-def test_command(monkeypatch, tmp_path, capsys, forks):
+def test_command(monkeypatch, tmp_path, capsys):
     """Everything but the attention, for a tiny model and small pictures."""
     draw_noise = bench.draw_noise
     monkeypatch.setattr(bench, "draw_noise", lambda width, height, frames: draw_noise(

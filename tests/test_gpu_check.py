@@ -18,7 +18,7 @@ def test_without_a_gpu(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_command(tmp_path, forks):
+def test_command(tmp_path):
     """A part that is done is not run again, one that fails stops no other, and a table is left."""
     (tmp_path / "mvitv2_s.json").write_text('[{"step": "done before"}]')
     (tmp_path / "hog.json").mkdir()                           # its file cannot be written
