@@ -332,6 +332,21 @@ def test_automatic_batch(size, samples, world, planned):
     assert bool(lines) == (planned != size)
 
 
+def test_pictures_are_drawn_within_an_epoch_and_at_the_end(tmp_path):
+    """The first time after two steps, and then within a small share of the time."""
+    model, run = linear_run(tmp_path / "out", 99)
+    drawn = []
+    draw = lambda: (time.sleep(0.1), drawn.append(run.step))
+    for _ in range(4):
+        lr = run.start_step()
+        model(torch.ones(1, 2)).sum().backward()
+        run.end_step(torch.ones(()), lr)
+        run.draw_sometimes(draw)
+    run.draw_sometimes(draw, at_end=True)
+    run.finish()
+    assert drawn == [2, 4]
+
+
 def test_a_run_that_hardly_trained_ends_with_an_error(tmp_path, capsys):
     """Every second step is skipped, which never makes twenty in a row."""
     model, run = linear_run(tmp_path / "out", 1, epochs=14)
