@@ -344,7 +344,7 @@ def normalize(x, mean, std):
     """uint8 (B, 3, [T,] H, W) -> float, less the mean and over the deviation of each color."""
     x = x.float().div(255)
     for color, m, s in zip(x.unbind(1), mean, std):             # of views: this writes into x
-        color.sub_(m).div_(s)                   # numbers: to copy a tensor to a GPU is a wait
+        color.sub_(m).div_(s)                   # numbers, since copying a tensor to a GPU waits
     return x
 
 

@@ -100,7 +100,7 @@ class Recipe:
     workers: int = option(-1, "loader processes per GPU; -1: one per CPU core, 1 without a GPU")
     save_minutes: float = option(15.0, "minutes between checkpoints; one per epoch as well")
     log_every: int = option(10, "steps between lines of the log, after the first ten")
-    dry_run: bool = option(False, "a pass or two, then what the run would cost; nothing is written")
+    dry_run: bool = option(False, "time a pass, print what the run would cost, write nothing")
 
 
 KINETICS = Recipe()                        # release: k400_MVITv2_S_16x4_MaskFeat_PT
