@@ -738,7 +738,7 @@ def parse_recipe(recipes, description, argv=None, check=lambda path, checkpoint:
         check(path, checkpoint)
         known = {field.name for field in dataclasses.fields(row)} & set(stored)
         name, row = f"of {path}", dataclasses.replace(row, **{key: stored[key] for key in known})
-        changed |= {"batch_size"}             # it is the final one
+        changed |= {"batch_size", "device_batch"}             # these are the final ones
     return name, dataclasses.replace(row, **overrides), changed
 
 

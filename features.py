@@ -105,6 +105,14 @@ def clip_starts(path, recipe):
     return [i * recipe.every for i in range(int(max(free, 0) / recipe.every) + 1)]
 
 
+def all_starts(paths, recipe):
+    """For each file its `clip_starts`, or [None], which means the views of a test."""
+    if not recipe.every:
+        return [[None]] * len(paths)
+    return [clip_starts(path, recipe) for path in
+            tqdm(paths, desc="lengths", unit="video", disable=None, leave=False)]
+
+
 def write_features(model, recipe, device, rank, world, print0):
     """--features: pooled features of all splits, or of those named. evaluate.py lists the keys."""
     if recipe.every and (not models.takes_clips(recipe.model) or recipe.segments
@@ -115,9 +123,10 @@ def write_features(model, recipe, device, rank, world, print0):
              for split in recipe.split or layouts.splits_of(recipe.data)}
     for samples in parts.values():
         models.check_kind(recipe.model, samples)
-    rows = [(path, label, split, start) for split, samples in parts.items()
-            for path, label in zip(samples.paths, samples.labels)
-            for start in (clip_starts(path, recipe) if recipe.every else [None])]
+    files = [(path, label, split) for split, samples in parts.items()
+             for path, label in zip(samples.paths, samples.labels)]
+    starts = engine.from_rank0(all_starts, [path for path, *_ in files], recipe)
+    rows = [(*file, start) for file, own in zip(files, starts) for start in own]
     paths, labels, splits, starts = map(list, zip(*rows))
     first = next(iter(parts.values()))
     dataset = view_dataset(replace(first, paths=paths, labels=labels), recipe, recipe.clips,

@@ -1,4 +1,4 @@
-"""Fine-tuning (Sec. 4.1, 5.1): a classifier from a pre-trained encoder.
+"""Fine-tuning (Sec. 4.1, 4.2, 5.1): a classifier from a pre-trained encoder.
 
     python finetune.py         # from the default pre-training and from scratch, three seeds each
     torchrun --nproc_per_node=8 finetune.py --data k400/ --model mvitv2_s \\
@@ -73,7 +73,8 @@ class Recipe:
     optimizer: str = option("adamw", "adamw, or sgd with Nesterov momentum", ("adamw", "sgd"),
                             group="optimization")
     epochs: int = option(100, "passes over the data")
-    batch_size: int = option(256, "samples per update, before repeats, at most 1/16 of all")
+    batch_size: int = option(256, "samples per update, before repeats; if not given, less for a "
+                              "small data set")
     lr: float = option(6e-4, "peak learning rate at lr_batch samples per update")
     lr_batch: int = option(16, "batch that the three learning rates belong to")
     warmup_epochs: float = option(20.0, "epochs of linear warm-up")
@@ -96,7 +97,8 @@ class Recipe:
     resume: bool = option(False, "go on from OUT/last.pt if there is one, without --init")
     baseline: bool = option(False, "then the same from scratch, in OUT/scratch, to compare")
     seeds: int = option(1, "with --baseline: compare that many seeds, the others in OUT/seed<N>")
-    device_batch: int = option(8, "most views per GPU and forward pass (a sample has `repeats`)")
+    device_batch: int = option(8, "most views per GPU and forward pass; on a CPU 2 * repeats, "
+                               "but for nano and tiny models")
     amp: str = option("auto", "precision; auto: bf16 on a GPU (fp16 before Ampere), fp32 on a CPU",
                       ("auto", "fp32", "bf16", "fp16"))
     compile: str = option("auto", "torch.compile; auto: on a GPU", ("auto", "on", "off"))
@@ -148,7 +150,8 @@ RECIPES = {
     "k700_mvitv2_l": K400_L,
     "k400_mvitv2_l_312_32x3": replace(LARGE, num_frames=32, clips=5),         # Table 3: 3x5 views
     "k400_mvitv2_l_312_40x3": replace(LARGE, num_frames=40, clips=4),         # Table 3: 3x4 views
-    "k400_mvitv2_l_352_40x3": replace(LARGE, num_frames=40, clips=4, image_size=(352, 352)),
+    "k400_mvitv2_l_352_40x3": replace(                                        # Table 3: 3x4 views
+        LARGE, num_frames=40, clips=4, image_size=(352, 352)),
     # release: SSv2's MViTv2-S 16x4, with the same exceptions
     "ssv2_mvitv2_s": replace(
         SSV2, model="mvitv2_s", image_size=(224, 224), num_frames=16, sampling_rate=4, mixup=0.8,
@@ -217,11 +220,11 @@ def make_model(recipe, resumed, rank):
 
 
 def make_dataset(recipe, samples):
+    """Augmented crops of labeled samples. RandAugment fills with gray in clips, and with the mean
+    in images (release)."""
     change = None
     if recipe.rand_augment:
-        gray = (128,) * 3                                     # release, for clips
-        if samples.kind == "image":
-            gray = tuple(round(255 * m) for m in recipe.mean)  # release, for images
+        gray = tuple(round(255 * m) for m in recipe.mean) if samples.kind == "image" else (128,) * 3
         change = functools.partial(augment.rand_augment, fill=gray,
                                    **augment.parse_rand_augment(recipe.rand_augment))
     elif recipe.color_jitter:
@@ -332,8 +335,8 @@ def main():
     check(recipe, overrides)
     rank, world, device = engine.init_distributed()
     print0 = tqdm.write if rank == 0 else lambda line: None
-    if device.type == "cpu" and "device_batch" not in overrides \
-            and not recipe.model.endswith(("_nano", "_tiny")):
+    small = recipe.model.endswith(("_nano", "_tiny"))
+    if device.type == "cpu" and not small and "device_batch" not in overrides:
         recipe = replace(recipe, device_batch=2 * recipe.repeats)             # mixup needs a pair
     if recipe.init and not recipe.resume and not os.path.isfile(recipe.init):
         raise FileNotFoundError(f"--init: no checkpoint at {recipe.init}: run pretrain.py before, "

@@ -2,8 +2,8 @@
 
 A two-channel convolution gives the gradient of every pixel. Each pixel votes for the orientation of
 its gradient, weighted by the magnitude, in the histogram of its cell and color. Each histogram is
-normalized to unit length. The numbers equal those of the release (SlowFast) to 1e-6, but for flat
-cells, and pixels whose gx is zero but for rounding: see `HOG.forward`.
+normalized to unit length. The numbers equal those of the release (SlowFast) to 1e-6. The exception
+is rounding noise, which counts as zero here: see `HOG.forward`.
 
     hog = HOG(bins=9, cell=8)
     histograms = hog(images)                  # (B, 3, 224, 224) -> (B, 3, 9, 28, 28)
@@ -54,17 +54,19 @@ class HOG(nn.Module):
         for name, side in zip("HW", images.shape[2:]):
             if side % self.cell:
                 low = side // self.cell * self.cell
+                choices = f"{low} or {low + self.cell}" if low else self.cell
                 raise ValueError(f"{name}={side} is not divisible by cell {self.cell}: "
-                                 f"use {low or self.cell} or {low + self.cell}")
+                                 f"use {choices}")
         x = F.pad(images.float(), (1, 1, 1, 1), mode="reflect").contiguous()
         # Autocast would round x. As a depthwise convolution of contiguous float32, it runs in
         # PyTorch's own CUDA kernel, which does not use TF32. (The meta device has no autocast.)
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             g = F.conv2d(x, self.kernels.float(), groups=3)             # (B, 3 * 2, H, W)
         gx, gy = self._mix_colors(g.unflatten(1, (3, 2))).unbind(2)     # (B, C, H, W) each
-        # On a horizontal edge gx is 0 but for rounding, whose sign would choose between the first
-        # and the last bin (ours). One 8-bit step is at least 1 / 255 / 0.225 = 1.7e-2.
-        gx = torch.where(gx.abs() < 1e-5, 0.0, gx)
+        # Rounding noise counts as zero (ours). Along an edge its sign would choose between two
+        # bins, and in a flat cell it would be normalized to length 1. A step of an 8-bit image is
+        # 1 / 255 / 0.225 = 1.7e-2, or a ninth of it in gray.
+        gx, gy = (torch.where(g.abs() < 1e-5, 0.0, g) for g in (gx, gy))
         magnitude = torch.hypot(gx, gy)
         # The angle is measured from the vertical (release). Opposite gradients vote alike.
         bin = (torch.atan2(gx, gy) / math.pi * self.bins).floor() % self.bins
@@ -72,10 +74,7 @@ class HOG(nn.Module):
         histogram = torch.stack(votes, dim=2)                           # (B, C, bins, h, w)
         if self.norm == "none":
             return histogram
-        # In a flat cell only rounding errors vote. The floor keeps its histogram near zero (ours).
-        # The release's floor is 1e-12, so it normalizes them to length 1. One 8-bit step in one
-        # pixel gives an 8x8 cell a mean vote of at least 1 / 255 / 0.225 / 64 = 2.7e-4.
-        return F.normalize(histogram, p=int(self.norm[1]), dim=2, eps=1e-4 * self.cell ** 2)
+        return F.normalize(histogram, p=int(self.norm[1]), dim=2)       # of a flat cell: zero
 
     def _mix_colors(self, x):
         """(B, 3, ...) -> (B, C, ...). Filtering first gives the same, as both are linear."""

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 
 def resize_mask(mask, grid):
     """bool (B, *coarse) -> bool (B, N) on `grid`, by nearest neighbor, or ValueError."""
-    if mask.ndim != len(grid) + 1 or any(m > g for m, g in zip(mask.shape[1:], grid)):
+    if mask.ndim != len(grid) + 1 or mask.shape[1] > grid[0] or any(
+            g % m for m, g in zip(mask.shape[-2:], grid[-2:])):
         raise ValueError(f"mask {tuple(mask.shape)} does not fit token grid {tuple(grid)}: "
-                         "give (B, *grid) or coarser")
+                         "give (B, *grid), or a coarser one whose sides divide h and w")
     return F.interpolate(mask[:, None].float(), size=grid, mode="nearest").flatten(1).bool()
 
 
@@ -50,9 +51,10 @@ class MaskFeat(nn.Module):
         kernel 3, stride 2 and padding 1, token t sees frames 2t-1, 2t and 2t+1: the center is 2t.
         """
         if self.target.input_kind == "frames":
-            stride = self.encoder.patch_stride[0]
-            frames = x[:, :, ::stride].transpose(1, 2) if x.ndim == 5 else x[:, None]
-            return self.target(frames)                      # (B, t, 3, H, W), of an image t = 1
+            if x.ndim == 4:                                 # an image is a video of one frame
+                return self.target(x[:, None])
+            frames = x[:, :, ::self.encoder.patch_stride[0]].transpose(1, 2)
+            return self.target(frames)                      # of (B, t, 3, H, W)
         return self.target(x if self.target.input_kind == "clip" else target_input)
 
     @torch.no_grad()
@@ -70,7 +72,8 @@ class MaskFeat(nn.Module):
 
         Returns the loss over masked tokens (scalar) and the prediction for all (B, N, target.dim).
         With MViT, the overlapping kernels of the stem let the visible neighbors of a masked token
-        see up to 3 pixels and one frame of it, as in the release.
+        see up to 3 pixels and one frame of it, as in the release. Raises ValueError if the mask or
+        the target does not fit the grid.
         """
         tokens, grid = self.encoder.embed(x)                                  # (B, N_stem, D)
         masked = resize_mask(mask, grid)[..., None]                           # (B, N_stem, 1)

@@ -35,7 +35,8 @@ def cube_mask(grid, ratio, rng, coarse=2):
 
     grid: (t, h, w) tokens. coarse: the mask is sampled on (t, h / coarse, w / coarse), rounded up,
     and each cell is enlarged to coarse x coarse tokens (release: 8x7x7 for 8x14x14 tokens). With
-    odd sides the ratio is only approximate. Returns (t, h, w) bool, errors as block_mask.
+    odd sides the ratio is only approximate. If h or w is below 2 * coarse, it is sampled on the
+    grid itself. Returns (t, h, w) bool, errors as block_mask.
     """
     _check(grid, ratio, rng, 3)
     t, h, w = _coarsen(grid, coarse)
@@ -53,8 +54,9 @@ def tube_mask(grid, ratio, rng, coarse=2):
 def frame_mask(grid, ratio, rng, consecutive=True):
     """Whole time steps, round(t * ratio) of them (Sec. 4.3, Table 6).
 
-    grid: (t, h, w) tokens, t > 1. consecutive: True, runs of neighboring steps (paper); False, any
-    distinct steps (release). Returns (t, h, w) bool. Errors: see block_mask.
+    grid: (t, h, w) tokens, t > 1. consecutive: True, runs of neighboring steps (paper), the last of
+    which may be one step; False, any distinct steps (release). Returns (t, h, w) bool. Errors: see
+    block_mask.
     """
     _check(grid, ratio, rng, 3)
     t, h, w = grid
@@ -114,7 +116,7 @@ def _sample(grid, count, min_area, max_area, attempts, rng):
     max_height, max_width = max(h - 1, 1), max(w - 1, 1)    # smaller than the grid (release)
     mask = np.zeros(grid, bool)
     missing, failed = count, 0
-    # The first cube gets more attempts: one that hides nearly all of a small grid seldom fits.
+    # Few cubes fit a small grid, so the first one gets 100 times as many attempts (ours).
     while missing and (failed < attempts or missing == count and failed < 100 * attempts):
         failed += 1
         area = rng.uniform(min_area, missing if max_area is None else max_area)
@@ -132,7 +134,7 @@ def _sample(grid, count, min_area, max_area, attempts, rng):
         if 0 < added <= missing:
             cube[:] = True                                  # a view: this writes into the mask
             missing, failed = missing - added, 0
-    if missing == count:                                      # on tiny grids only
+    if missing == count:                                    # on tiny grids only (ours)
         mask.flat[rng.randrange(mask.size)] = True
     return mask
 

@@ -1,9 +1,9 @@
 """MViTv2 for video: multiscale attention with pooled queries, keys and values (Sec. 4).
 
-A clip (B, 3, T, H, W) becomes T/2 x H/4 x W/4 tokens. Each of three transitions doubles the width
-and halves the side, the last one in classification only (Li et al., MViTv2, CVPR 2022). Attribute
-names are those of the official release (SlowFast `MViT`), so its checkpoints load by name. Needs
-only torch.
+A clip (B, 3, T, H, W) becomes T/2 x H/4 x W/4 tokens (Li et al., MViTv2, CVPR 2022). Each of three
+transitions doubles the width and halves h and w. In pre-training the last one keeps h and w
+(release). Attribute names are those of the official release (SlowFast `MViT`), so its checkpoints
+load by name. Needs only torch.
 
 Shapes of `mvitv2_s` on 16x224x224 (class token not counted):
 
@@ -59,7 +59,7 @@ def relative_table(table, queries, keys):
     length = 2 * max(queries, keys) - 1
     if len(table) != length:
         table = F.interpolate(table.T[None].float(), size=length, mode="linear")[0].T
-    # Positions on the coarser side are spread over the finer one. Row 0 is the lowest distance.
+    # The side with fewer positions is stretched to the other. Row 0 is for the lowest query - key.
     q_ratio, k_ratio = max(keys / queries, 1.0), max(queries / keys, 1.0)
     q = torch.arange(queries, device=table.device) * q_ratio
     k = torch.arange(keys, device=table.device) * k_ratio
@@ -102,7 +102,7 @@ def attention(q, k, v, q_thw, k_thw, rel_pos_t, rel_pos_h, rel_pos_w):
 
 
 class MultiScaleAttention(nn.Module):
-    """Pooled self-attention with relative positions and residual pooling (MViTv2, Sec. 4.1)."""
+    """Pooled attention with relative positions and residual pooling (MViTv2 paper, Sec. 4.1)."""
 
     def __init__(self, dim, dim_out, num_heads, table_sizes, q_stride, kv_stride):
         super().__init__()
@@ -225,8 +225,10 @@ class MViT(nn.Module):
     drop_path: rate at the last block, growing linearly from 0.
     checkpointing: recompute each block in the backward pass.
     kv_stride: pooling of keys and values in the first stage, halved wherever queries are pooled.
-    pool: what the head sees, "mean" of the patch tokens (MaskFeat) or "cls" token (MViTv2).
+    pool: what the head sees, "mean" of the patch tokens or "cls" token (release's configs of
+        MaskFeat, of MViTv2).
     dropout: before the head.
+    Raises ValueError for an unknown option or a size that does not fit.
     """
 
     def __init__(self, embed_dim, num_heads, stages, num_classes=400, num_frames=16,
@@ -306,7 +308,7 @@ class MViT(nn.Module):
         return x, thw
 
     def features(self, x):
-        """(B, 3, T, H, W) -> pooled features (B, D'), then normalized unless num_classes=0."""
+        """(B, 3, T, H, W) -> pooled features (B, D'), after the final norm unless num_classes=0."""
         x, _ = self.encode(*self.embed(x))
         x = x[:, 1:].mean(dim=1) if self.pool == "mean" else x[:, 0]
         return self.norm(x) if hasattr(self, "head") else x
@@ -320,7 +322,7 @@ class MViT(nn.Module):
 
 
 def mvit_nano(**kw):
-    """0.1 M parameters, output stride 8, for the example on a CPU. Not in the paper."""
+    """0.2 M parameters, output stride 8, for the example on a CPU. Not in the paper."""
     return MViT(32, 1, (1, 2), **{"output_stride": 8, "kv_stride": 4, **kw})
 
 

@@ -76,7 +76,7 @@ class Recipe:
     label_classes: int = option(1000, "classes of the label maps")
     label_order: str = option("xy", "box order of label maps: see targets.py", ("xy", "released"))
     epochs: int = option(300, "passes over the data", group="optimization")
-    batch_size: int = option(512, "samples per update; unless given, at most 1/16 of all")
+    batch_size: int = option(512, "samples per update; if not given, less for a small data set")
     lr: float = option(1e-4, "peak learning rate at lr_batch samples per update")
     lr_batch: int = option(32, "batch that the three learning rates belong to")
     warmup_epochs: float = option(10.0, "epochs of linear warm-up")
@@ -86,13 +86,14 @@ class Recipe:
     beta2: float = option(0.999, "AdamW")                                             # release
     clip_grad: float = option(0.02, "largest total gradient norm")                    # release
     seed: int = option(0, "of everything random")
-    val_samples: int = option(256, "validation samples for a loss each epoch, without such a "
-                              "part up to a quarter of the training samples; 0: none")
+    val_samples: int = option(256, "held-out samples for a loss each epoch, at most a quarter as "
+                              "many as there are for training; 0: none")
     data: str = option("", "folder with the data; without one, clips are made in data/synthetic",
                        group="the run")
     out: str = option("out/pretrain", "folder for checkpoint, log and pictures")
     resume: bool = option(False, "go on from OUT/last.pt if there is one")
-    device_batch: int = option(8, "most samples per GPU and forward pass, 1 on a CPU")
+    device_batch: int = option(8, "most samples per GPU and forward pass; on a CPU 1, but "
+                               "for nano and tiny models")
     amp: str = option("auto", "precision; auto: bf16 on a GPU (fp16 before Ampere), fp32 on a CPU",
                       ("auto", "fp32", "bf16", "fp16"))
     compile: str = option("auto", "torch.compile; auto: on a GPU", ("auto", "on", "off"))
@@ -107,7 +108,7 @@ KINETICS = Recipe()                        # release: k400_MVITv2_S_16x4_MaskFea
 IMAGENET = Recipe(                              # release: in1k_VIT_B_MaskFeat_PT
     mask="block", lr=2e-4, lr_batch=256, batch_size=2048, warmup_epochs=30, device_batch=64,
     mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-TINY = Recipe(                                                # ours: four minutes on two CPU cores
+TINY = Recipe(                                           # ours: 4 to 5 minutes on two CPU cores
     model="mvit_nano", image_size=(48, 48), num_frames=4, sampling_rate=8, output_stride=8,
     epochs=32, batch_size=8, lr=2e-3, lr_batch=8, warmup_epochs=1.0, warmup_lr=1e-5, min_lr=1e-5,
     clip_grad=1.0, compile="off")                             # would take longer than it saves
@@ -116,11 +117,11 @@ RECIPES = {
     "mvit_tiny": replace(                                     # ours: 64x64 clips on a CPU
         TINY, model="mvit_tiny", image_size=(64, 64), num_frames=8, sampling_rate=4, epochs=26,
         batch_size=4, lr=4e-4, lr_batch=4),
-    "k400_mvitv2_s": KINETICS,                                                # Tables 1, 3; release
+    "k400_mvitv2_s": KINETICS,                                             # Tables 1, 3, 6; release
     "k400_mvitv2_b": replace(KINETICS, model="mvitv2_b"),                     # ours, by analogy
     "k400_mvitv2_l": replace(KINETICS, model="mvitv2_l", epochs=800, device_batch=4),  # Table 3
     "in1k_vit_b": replace(IMAGENET, model="vit_b", epochs=1600),              # Table 7
-    "in1k_vit_l": replace(IMAGENET, model="vit_l", epochs=1600, device_batch=32),
+    "in1k_vit_l": replace(IMAGENET, model="vit_l", epochs=1600, device_batch=32),  # Table 7
     "clips_mvitv2_s": replace(                                # ours, not run: 1,000 to 20,000 clips
         KINETICS, image_size=(112, 112), epochs=200, batch_size=64, lr=2e-4, device_batch=32),
     "vit_tiny": replace(                                      # ours: 64x64 images on a CPU
@@ -135,7 +136,7 @@ RUN_FIELDS = {"data", "out", "init", "resume", "device_batch", "amp", "compile",
 
 
 def check(recipe):
-    """Raise ValueError for flags out of range or in contradiction."""
+    """Raise ValueError for flags out of range or in contradiction, FileNotFoundError for --init."""
     video = models.takes_clips(recipe.model)
     if video == (recipe.mask == "block"):
         raise ValueError(f"mask={recipe.mask} does not suit {recipe.model}: use --mask "
@@ -169,9 +170,9 @@ def main():
     check(recipe)
     rank, world, device = engine.init_distributed()
     print0 = tqdm.write if rank == 0 else lambda line: None
-    on_gpu = device.type == "cuda"
-    if not (on_gpu or "device_batch" in overrides or recipe.model.endswith(("_nano", "_tiny"))):
-        recipe = replace(recipe, device_batch=1)              # faster on a CPU, and smaller
+    small = recipe.model.endswith(("_nano", "_tiny"))
+    if device.type == "cpu" and not small and "device_batch" not in overrides:
+        recipe = replace(recipe, device_batch=1)              # faster on a CPU, and less memory
 
     # --------------------------------------------------------------------------------- data, resume
     checkpoint = None if recipe.dry_run else checkpoints.find_checkpoint(recipe)
@@ -218,12 +219,12 @@ def main():
     batches = data.EpochBatches(len(samples), recipe.batch_size, recipe.epochs, recipe.seed, rank,
                                 world, device_batch, run.step)
     loader = iter(data.make_loader(dataset, batches, engine.loader_workers(recipe.workers, device),
-                                   pin_memory=on_gpu))
+                                   pin_memory=device.type == "cuda"))
 
-    shown, source = engine.from_rank0(find_shown, recipe, samples)
-    if source == "training":
-        print0(f"{recipe.data} has no validation part that the target can use: loss and pictures "
-               "show training samples")
+    shown, source, reason = engine.from_rank0(find_shown, recipe, samples)
+    if reason:
+        print0(f"loss and pictures show training samples, as no validation part can be used: "
+               f"{reason}")
     held_out, val_loss = None, None
     if recipe.val_samples:
         few = layouts.spread(shown, min(recipe.val_samples, len(shown), -(-len(samples) // 4)))
@@ -249,7 +250,7 @@ def main():
             scaler.scale(loss / accumulate).backward()
             step_loss += loss.detach() / accumulate
         run.end_step(step_loss, lr)                           # clip, step or skip, log
-        if held_out and run.step == 1:
+        if held_out and run.step == 1:                        # a run that fails before has no log
             run.log(step=0, levels=levels)
         if held_out and run.step % steps_per_epoch == 0:
             val_loss = held_out.loss()
@@ -288,16 +289,16 @@ def to_device(batch, recipe, model, device):
 
 
 def find_shown(recipe, samples):
-    """(samples to look at, "validation" or "training"): of the validation part, if there is one and
-    has what the target needs."""
+    """(samples to look at, "validation", ""): of the validation part. If it is missing or lacks
+    what the target needs: (training samples, "training", the reason)."""
     try:
         shown = layouts.find_samples(recipe.data, "val")
         models.check_kind(recipe.model, shown)
         if recipe.target == "label":
             data.find_maps(shown.paths, recipe.teacher)       # raises if one is missing
-        return shown, "validation"
-    except (ValueError, OSError):
-        return samples, "training"
+        return shown, "validation", ""
+    except (ValueError, OSError) as error:
+        return samples, "training", str(error)
 
 
 def draw_pictures(run, shown, model):
@@ -344,8 +345,8 @@ def dry_run(recipe, model, optimizer, dataset, device_batch, accumulate, steps_p
            f"{cost['flops'] / 1e9:.3g} GFLOPs forward per {dataset.samples.kind}; target "
            f"{recipe.target} {teacher.size / 1e6 if teacher else 0:.1f} M parameters, "
            f"{flops / 1e9:.3g} GFLOPs; peak memory {engine.peak_memory(device):.2f} GiB; "
-           f"{seconds:.3g} s per step without loading, so {steps * seconds / 3600:.3g} hours for "
-           f"{steps} steps")
+           f"{seconds:.3g} s per step, not compiled and without loading, so "
+           f"{steps * seconds / 3600:.3g} hours for {steps} steps")
 
 
 if __name__ == "__main__":

@@ -42,10 +42,10 @@ class HOGTarget(nn.Module):
     def __init__(self, patch_size=16, bins=9, cell=8, norm="l2", color="rgb", gradient="sobel",
                  scale=1.0):
         super().__init__()
+        self.hog, self.scale = HOG(bins, cell, norm, color, gradient), scale
         if patch_size % cell:
             raise ValueError(f"patch of {patch_size} pixels is not a multiple of HOG cell {cell}: "
                              f"use a cell that divides {patch_size}")
-        self.hog, self.scale = HOG(bins, cell, norm, color, gradient), scale
         self.cells = patch_size // cell                             # along a side of a patch
         self.dim = (1 if color == "gray" else 3) * bins * self.cells ** 2
 
@@ -60,7 +60,7 @@ class PixelTarget(nn.Module):
     """RGB of each patch, 3*16*16 = 768 numbers in order (color, y, x) (Sec. 2.2, Tables 1, 2).
 
     norm: "dataset", normalized by the mean and std of the data set, as the input is (paper).
-    "patch": each patch is also brought to zero mean and unit variance (an option of the release).
+    "patch": each patch is also brought to zero mean and unit variance (the release's default).
     """
     input_kind = "frames"
 
@@ -94,11 +94,13 @@ class FeatureTarget(nn.Module):
         "bilinear" (default): the features as they were trained, and no two patches share a target.
         "nearest": 2x2 patches share a target.
         "dilated" (CNN, MViT): the last stage keeps 14x14 with the same weights. A ResNet then takes
-        half again its compute, and only every second row and column is as in training.
+        1.5 times the compute, and only every second row and column is as in training.
+    Raises ValueError for an unknown align, a file that is not this teacher, or sides that are no
+    multiples of its patches.
     """
     MODES = {"bilinear": {"mode": "bilinear", "align_corners": False},
              "nearest": {"mode": "nearest"}}
-    MODES["dilated"] = MODES["bilinear"]                            # for what still differs
+    MODES["dilated"] = MODES["bilinear"]                            # if the size still differs
 
     def __init__(self, load, input_kind="frames", *, teacher, grid, image_size, mean, std,
                  align="bilinear"):

@@ -70,8 +70,9 @@ def check_divisible(size, patch):
     for axis, side in zip("HW", size):
         if side < patch or side % patch:
             low = side - side % patch
+            choices = f"{low} or {low + patch}" if low else patch
             raise ValueError(f"image size {size[0]}x{size[1]} is not divisible by patch {patch}: "
-                             f"{axis}={side}, use {low or patch} or {low + patch}")
+                             f"{axis}={side}, use {choices}")
 
 
 class PatchEmbed(nn.Module):
@@ -90,12 +91,13 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """Vision transformer (Sec. 5). Built by the presets below.
 
-    image_size: int or (H, W) that `pos_embed` is made for. Others work, too: it is resized.
+    image_size: int or (H, W) that `pos_embed` is made for. For other sizes it is resized.
     num_classes: 0 leaves out the final norm and head, which gives the trunk for MaskFeat.
     drop_path: rate at the last block, growing linearly from 0.
     checkpointing: recompute each block in the backward pass.
     pool: what the head sees, "mean" of the patch tokens (release) or "cls" token (timm, DeiT).
     dropout: before the head.
+    Raises ValueError for an unknown option or a size that does not fit.
     """
 
     def __init__(self, embed_dim, depth, num_heads, num_classes=1000, image_size=224,
@@ -156,7 +158,7 @@ class ViT(nn.Module):
         return x, grid
 
     def features(self, x):
-        """(B, 3, H, W) -> pooled features (B, D), then normalized unless num_classes=0."""
+        """(B, 3, H, W) -> pooled features (B, D), after the final norm unless num_classes=0."""
         x, _ = self.encode(*self.embed(x))
         x = x[:, 1:].mean(dim=1) if self.pool == "mean" else x[:, 0]
         return self.norm(x) if hasattr(self, "head") else x

@@ -88,12 +88,6 @@ def in_this_process(*_):
     return contextlib.nullcontext(SimpleNamespace(map=map))
 
 
-def run_ranks(script, *flags):
-    """Output of a run of two processes that must end well."""
-    import runs
-    return runs.run_well(script, *flags, processes=2)
-
-
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory):
     """{name: path} of the numbered videos of test_video.py."""

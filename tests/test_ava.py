@@ -11,7 +11,7 @@ import pytest
 import runs
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, apart, golden_input, run_ranks
+from conftest import GOLDEN, apart, golden_input
 from PIL import Image
 from runs import assert_same_weights, log_of
 
@@ -438,7 +438,7 @@ def test_ranks_and_accumulation(odd, tmp_path):
     flags = ["--data", odd, *FLAGS, "--batch-size", 4, "--drop-path", 0, "--dropout", 0,
              "--epochs", 2, "--val-epochs", 0, "--no-baseline", "--device-batch", 1]
     script("--out", tmp_path / "one", *flags, "--device-batch", 4)
-    run_ranks("ava.py", "--out", tmp_path / "two", *flags)
+    runs.run_well("ava.py", "--out", tmp_path / "two", *flags, processes=2)
     losses = [[d["loss"] for d in log_of(tmp_path / name)] for name in ("one", "two")]
     assert len(losses[0]) == 4
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 import runs
 import test_old_checkpoints
 import torch
-from conftest import GOLDEN, run_ranks
+from conftest import GOLDEN
 from PIL import Image
 from test_video import read_numbers, write_video
 
@@ -44,9 +44,9 @@ def test_ranks_and_views(clips, finetuned, tmp_path):
     (odd / "val/level_left_right/0.mp4").unlink()
     shutil.copy(finetuned[0] / "last.pt", checkpoint)
     found = {}
-    for processes, run in ((1, runs.run_well), (2, run_ranks)):
-        output = run("evaluate.py", checkpoint, "--data", odd, "--clips", 3, "--crops", 3,
-                     "--workers", 0)
+    for processes in (1, 2):
+        output = runs.run_well("evaluate.py", checkpoint, "--data", odd, "--clips", 3, "--crops", 3,
+                               "--workers", 0, processes=processes)
         assert "videos: 3, clips x crops: 3 x 3" in output
         found[processes] = json.loads((tmp_path / "last_3x3.json").read_text())
     about = [results.pop("about") for results in found.values()]

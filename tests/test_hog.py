@@ -76,10 +76,8 @@ def test_all_options_against_loops(color, gradient):
     for bins, cell in ((1, 8), (6, 8), (6, 16), (9, 4), (9, 8), (9, 16), (12, 4), (12, 8)):
         H, W = next(sizes)
         image = random_image(1, 3, H, W, seed=bins * cell)
-        # Reflection makes gy zero in the first and last row. With an even number of bins this is a
-        # border of two bins, where the rounding of the convolution decides: make gx zero, too.
-        rows = [0, 1, -2, -1] if bins % 2 == 0 else []
-        image[..., rows, :] = image[..., rows, :1]
+        # Reflection makes gy zero in the first and last row. For an even number of bins that is the
+        # border of two of them, where rounding must not decide.
         sums = loop_hog(image, bins, cell, color, gradient)
         for norm in ("none", "l1", "l2"):
             hog, want = HOG(bins, cell, norm, color, gradient)(image), sums
@@ -110,11 +108,11 @@ def test_plain_form_on_large_images():
 # --- edge cases ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("norm", ["none", "l1", "l2"])
-def test_flat_images_stay_near_zero(norm):
+def test_flat_images_give_zero(norm):
     """One step of an 8-bit image, in contrast, gives a histogram of unit length."""
     for value in (0.0, 0.3, -2.1, 2.6):
         image = torch.full((1, 3, 16, 24), value)
-        assert HOG(norm=norm)(image).abs().max() < 0.01
+        assert not HOG(norm=norm)(image).any()
         image[..., 12:] += 1 / 255
         if norm != "none":
             hog = HOG(norm=norm)(image)[:, :, :, :, 1]

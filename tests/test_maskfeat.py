@@ -126,12 +126,11 @@ def test_autocast():
 
 def test_errors():
     model, x, mask = video_model()
-    with pytest.raises(ValueError, match="token grid"):
-        model(x, mask[:, 0])
-    with pytest.raises(ValueError, match="token grid"):
-        model(x, torch.ones(2, 2, 64, 64, dtype=torch.bool))
+    for bad in (mask[:, 0], torch.ones(2, 2, 64, 64), torch.ones(2, 2, 3, 4)):
+        with pytest.raises(ValueError, match="token grid"):   # not 3-D, too fine, 16 / 3 rows
+            model(x, bad.bool())
     with pytest.raises(ValueError, match="8x9"):
-        model(torch.randn(1, 3, 4, 64, 72), random_mask(1, 2, 4, 4))
+        model(torch.randn(1, 3, 4, 64, 72), random_mask(1, 2, 4, 2))
 
 
 # ----------------------------------------------------------------------------------------- targets

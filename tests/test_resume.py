@@ -4,7 +4,6 @@ import signal
 import numpy as np
 import pytest
 import runs
-from conftest import run_ranks
 
 from checkpoints import read_checkpoint
 
@@ -47,11 +46,11 @@ def test_stopped_killed_and_resumed_is_bit_equal(script, clips, pretrained, requ
 def test_two_processes_killed_and_resumed_are_bit_equal(script, alone, clips, pretrained, tmp_path):
     """Both and torchrun are killed, or torchrun alone: then its processes save and leave."""
     flags, out = plan(script, clips, pretrained), tmp_path / "killed"
-    run_ranks(f"{script}.py", *flags, "--out", tmp_path / "whole")
+    runs.run_well(f"{script}.py", *flags, "--out", tmp_path / "whole", processes=2)
     resume = [*flags, "--out", out, "--resume", "--save-minutes", 0.0001]
     _, output = runs.kill_at(5, out, f"{script}.py", *resume, processes=2, children=not alone)
     assert ("stopped by SIGUSR1" in output) == alone, output
-    assert "resumed" in run_ranks(f"{script}.py", *resume)
+    assert "resumed" in runs.run_well(f"{script}.py", *resume, processes=2)
     assert_same_run(tmp_path / "whole", out)
 
 
@@ -65,10 +64,10 @@ def test_accumulation_and_ranks_see_the_same_samples(script, flags, clips, pretr
     Each sample has a mask of the same size, so means over micro-batches are means over the batch.
     """
     losses, levels = [], []
-    for name, more, run in (("one", [], runs.run_well), ("two", [], run_ranks),
-                            ("accumulated", ["--device-batch", 2], runs.run_well)):
-        output = run(f"{script}.py", *plan(script, clips, pretrained), *flags, *more, "--out",
-                     tmp_path / name)
+    for name, more, processes in (("one", [], 1), ("two", [], 2),
+                                  ("accumulated", ["--device-batch", 2], 1)):
+        output = runs.run_well(f"{script}.py", *plan(script, clips, pretrained), *flags, *more,
+                               "--out", tmp_path / name, processes=processes)
         log = runs.log_of(tmp_path / name)
         levels.append([line["levels"] for line in log if "levels" in line])
         losses.append([line[key] for key in ("loss", "val_loss") for line in log if key in line])

@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 VERSION, FPS, TURN = 2, 30, 2 * np.pi
@@ -62,7 +63,11 @@ def write_videos(folder, seed):
     jobs = [(folder, seed, split, f"{pattern}_{motion}", number) for split, count in CLIPS.items()
             for pattern, motion, number in itertools.product(PATTERNS, MOTIONS, range(count))]
     with ProcessPoolExecutor(min(os.cpu_count(), 8)) as pool:
-        list(pool.map(_write_clip, *zip(*jobs)))
+        list(_bar(pool.map(_write_clip, *zip(*jobs)), jobs))
+
+
+def _bar(results, jobs):
+    return tqdm(results, "making", len(jobs), leave=False, unit="video", disable=None)
 
 
 def _write_clip(folder, seed, split, name, number):
@@ -79,7 +84,7 @@ def write_movies(folder, seed):
     for split, count in MOVIES.items():
         with ProcessPoolExecutor(min(os.cpu_count(), 8)) as pool:
             jobs = [(folder, seed, split, number) for number in range(count)]
-            true_lines, found_lines = zip(*pool.map(_write_movie, *zip(*jobs)))
+            true_lines, found_lines = zip(*_bar(pool.map(_write_movie, *zip(*jobs)), jobs))
         Path(f"{table}{split}_v2.2.csv").write_text("".join(true_lines))
         Path(f"{table}{split}_predicted_boxes.csv").write_text("".join(found_lines))
         excluded = f"{split}_000,{SECONDS[-1]:04d}\n"
