@@ -907,9 +907,9 @@ def main():
     print0 = tqdm.write if rank == 0 else lambda line: None
     if recipe.eval:
         recipe, detector = load_for_test(recipe, overrides, print0)
-    if not (device.type == "cuda" or "device_batch" in overrides
-            or recipe.model.endswith(("_nano", "_tiny"))):
-        recipe = replace(recipe, device_batch=1)  # faster on a CPU, and smaller
+    small = recipe.model.endswith(("_nano", "_tiny"))
+    if device.type == "cpu" and not small and "device_batch" not in overrides:
+        recipe = replace(recipe, device_batch=1)              # faster on a CPU, and less memory
     if recipe.dry_run:
         return dry_run(recipe, device, print0)
     if not recipe.data and not recipe.eval:

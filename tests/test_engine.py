@@ -20,6 +20,7 @@ import torch.nn as nn
 from conftest import ROOT
 
 import data
+import pretrain
 import visualize
 from checkpoints import read_checkpoint, save_checkpoint
 
@@ -306,6 +307,15 @@ def test_parse_recipe():
     assert overrides == {"recipe", "lr", "size", "flag"}
     with pytest.raises(SystemExit):                           # no row is for that model
         parse_recipe({"first": Recipe()}, "", ["--model", "large"])
+
+
+def test_a_resumed_run_keeps_its_flags_and_batches(tmp_path):
+    """The batches in the file are those of the run, not wishes that a script still adapts."""
+    row = dataclasses.replace(pretrain.RECIPES["tiny"], lr=0.5, device_batch=4)
+    save_checkpoint(str(tmp_path / "last.pt"), {"recipe": dataclasses.asdict(row)})
+    _, recipe, overrides = parse_recipe(pretrain.RECIPES, "", ["--resume", "--out", str(tmp_path)])
+    assert (recipe.lr, recipe.device_batch, recipe.resume) == (0.5, 4, True)
+    assert overrides == {"resume", "out", "batch_size", "device_batch"}
 
 
 @pytest.mark.parametrize("argv", ["--nonsense", "--model huge", "--lr fast", "--size 1 2 3",
