@@ -281,15 +281,17 @@ def draw_per_class(samples, limit, seed):
         members.setdefault(label, []).append(i)
     chosen = sorted(i for label, own in members.items()
                     for i in random.Random(f"{seed} {label}").sample(own, min(limit, len(own))))
-    return replace(samples, paths=[samples.paths[i] for i in chosen],
-                   labels=[samples.labels[i] for i in chosen])
+    return take(samples, chosen)
 
 
 def spread(samples, count):
     """`count` of the samples, at even distances."""
-    chosen = [i * len(samples) // count for i in range(count)]
-    return replace(samples, paths=[samples.paths[i] for i in chosen],
-                   labels=[samples.labels[i] for i in chosen])
+    return take(samples, [i * len(samples) // count for i in range(count)])
+
+
+def take(samples, numbers):
+    return replace(samples, paths=[samples.paths[i] for i in numbers],
+                   labels=[samples.labels[i] for i in numbers])
 
 
 def walk(folder):
