@@ -126,3 +126,12 @@ def assert_same_weights(a, b):
     for key, state in a["optimizer"]["state"].items():
         other = b["optimizer"]["state"][key]
         assert all(torch.equal(value, other[name]) for name, value in state.items())
+
+
+def assert_same_run(one, other):
+    """Weights and logs, to the bit, but for what is measured."""
+    assert_same_weights(one, other)
+    measured = {"time", "samples_per_second", "data_wait"}
+    logs = [[{k: v for k, v in line.items() if k not in measured} for line in log_of(folder)]
+            for folder in (one, other)]
+    assert logs[0] == logs[1]

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT, slow
+from test_engine import linear_run
 from test_teachers import constants, save
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,14 +63,7 @@ def test_every_tensor_of_a_finetuning_step_is_on_the_device_of_the_model():
 
 def steps_of(tmp_path, optimizer, count, micro_batches=0):
     """What `count` steps of a linear model wait for, a list for each."""
-    fields = dict(out=str(tmp_path / "out"), epochs=1, lr=0.1, lr_batch=1, batch_size=1, beta2=0.9,
-                  warmup_epochs=0, warmup_lr=0.0, min_lr=0.0, weight_decay=0.0, clip_grad=1.0,
-                  log_every=10, save_minutes=9.0, seed=0, optimizer=optimizer)
-    recipe = dataclasses.make_dataclass("Recipe", fields)(**fields)
-    model, scaler = torch.nn.Linear(2, 1), engine.mixed_precision("fp32", torch.device("cpu"))[2]
-    run = engine.Run(recipe, model, engine.make_optimizer(model, recipe), scaler,
-                     device=torch.device("cpu"), steps_per_epoch=99, fingerprint="", num_files=99,
-                     unit="clip")
+    model, run = linear_run(tmp_path / "out", 99, epochs=1, log_every=10, optimizer=optimizer)
     ddp, found = engine.wrap_ddp(model), []
     for step in range(count):
         weights = model.weight.clone()

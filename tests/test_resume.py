@@ -17,15 +17,6 @@ def plan(script, clips, pretrained):
     return ["--data", clips, *runs.FINETUNE, "--no-baseline", "--init", pretrained[0] / "last.pt"]
 
 
-def assert_same_run(one, other):
-    """Weights and logs, to the bit, but for what is measured."""
-    runs.assert_same_weights(one, other)
-    drop = {"time", "samples_per_second", "data_wait"}
-    logs = [[{k: v for k, v in line.items() if k not in drop} for line in runs.log_of(folder)]
-            for folder in (one, other)]
-    assert logs[0] == logs[1]
-
-
 @pytest.mark.parametrize("script", WHOLE)
 def test_stopped_killed_and_resumed_is_bit_equal(script, clips, pretrained, request, tmp_path):
     """SIGTERM saves the step. After this and a SIGKILL the weights are those of a whole run."""
@@ -39,7 +30,7 @@ def test_stopped_killed_and_resumed_is_bit_equal(script, clips, pretrained, requ
                  "--save-minutes", 0.0001)
     output = runs.run_well(f"{script}.py", "--out", out, "--resume")   # recipe, data from last.pt
     assert "resumed" in output
-    assert_same_run(request.getfixturevalue(WHOLE[script])[0], out)
+    runs.assert_same_run(request.getfixturevalue(WHOLE[script])[0], out)
 
 
 @pytest.mark.parametrize("script, alone", [("pretrain", False), ("finetune", True)])
@@ -51,7 +42,7 @@ def test_two_processes_killed_and_resumed_are_bit_equal(script, alone, clips, pr
     _, output = runs.kill_at(5, out, f"{script}.py", *resume, processes=2, children=not alone)
     assert ("stopped by SIGUSR1" in output) == alone, output
     assert "resumed" in runs.run_well(f"{script}.py", *resume, processes=2)
-    assert_same_run(tmp_path / "whole", out)
+    runs.assert_same_run(tmp_path / "whole", out)
 
 
 @pytest.mark.parametrize("script, flags", [
