@@ -316,10 +316,11 @@ def lock_folder(out):
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader processes do not inherit it
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.seek(0)
-            raise ValueError(f"{out} is in use by {file.read().strip() or 'another run'}: wait for "
-                             "its end, or choose another --out") from None
+        with file:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise ValueError(f"{out} is in use by {file.read().strip() or 'another run'}: wait "
+                                 "for its end, or choose another --out") from None
         return  # a file system without locks
     file.truncate(0)
     print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)

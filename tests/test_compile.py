@@ -106,6 +106,7 @@ def test_compiled_steps_do_the_same(name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")                          # torch warns of a break
 @pytest.mark.parametrize("fault", [lambda x: print(end=""), lambda x: bool(x.sum().item())])
 def test_breaks_are_counted(fault):
     net = maskfeat("vit")

@@ -24,6 +24,14 @@ import visualize
 from checkpoints import read_checkpoint, save_checkpoint
 
 
+@pytest.fixture(autouse=True)
+def locks():
+    """They end with a process. A test of many runs in one process closes them."""
+    yield
+    while engine._locks:
+        engine._locks.pop().close()
+
+
 def test_lr_shape():
     """It rises, meets the cosine at the end of warm-up, and falls to the end value."""
     lrs = [engine.lr_at(e / 10, 1e-3, 30, 5, 1e-6, 1e-5) for e in range(301)]
