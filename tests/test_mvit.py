@@ -189,6 +189,9 @@ def test_drop_path():
     assert rates == [0, 0.05, 0.1, 0.15, 0.2]
 
 
+@pytest.mark.parametrize("options, words", [
+    ({"expand": "both"}, "expand='both'"), ({"output_stride": 12}, "output_stride=12"),
+    ({"num_frames": 5}, "num_frames=5"), ({"image_size": 16}, "16x16")])
 def test_errors(options, words):
     with pytest.raises(ValueError, match=words):
         tiny(**options)
