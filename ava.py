@@ -190,6 +190,8 @@ def locate(folder, table, split="", needed=True):
         for path in [os.path.join(place, name) for name in names]:
             if os.path.isfile(path):
                 return path
+    if needed and not os.path.isdir(folder):
+        raise FileNotFoundError(f"no data folder {folder}")
     if needed:
         raise FileNotFoundError(f"{folder} and its annotations/ have no {' or '.join(names)}")
 
@@ -557,6 +559,7 @@ def train(name, recipe, overrides, rank, world, device, print0):
     untrained = {view.replace("centre", "center"): mean for view, mean in
                  (checkpoint or {}).get("untrained", {}).items()}  # older files: British
     if recipe.baseline and not checkpoint:
+        print0("before training:")
         untrained = {view: test(view)["mAP"] for view in ("center", "full")}
     engine.print_setup(RECIPES, name, recipe, detector, optimizer, world, device_batch, amp,
                        print0)

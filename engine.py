@@ -407,6 +407,8 @@ class Run:
             load_optimizer(self.checkpoint_path, checkpoint, optimizer, scaler)
             self.step, skipped = checkpoint["step"], checkpoint["skipped"]
             self.print0(f"resumed {self.checkpoint_path} at step {self.step}")
+        elif recipe.resume:
+            self.print0(f"--resume: no {self.checkpoint_path} yet, so the run starts at step 0")
         if len(set(gather_list([self.step]))) > 1:
             raise ValueError(f"not all nodes see the same {self.checkpoint_path}: put --out on a "
                              "file system that they share")
@@ -466,8 +468,9 @@ class Run:
         if name := self.stop.agreed():
             self.bar.close()
             self.save_if_safe()
-            self.print0(f"stopped by {name} after step {self.step} of {self.total_steps}: "
-                        f"{self.checkpoint_path} holds step {self.saved_step}, go on with --resume")
+            saved = (f"{self.checkpoint_path} holds step {self.saved_step}, go on with --resume"
+                     if self.saved_step else "no step was saved, start again")
+            self.print0(f"stopped by {name} after step {self.step} of {self.total_steps}: {saved}")
             sys.exit(128 + signal.Signals[name])
 
     def end_step(self, loss, lr, **values):
@@ -768,6 +771,9 @@ def run_main(main):
         print(f"{where}: {message}", file=sys.stderr, flush=True)
         tell_launcher(f"{where}: {' '.join(message.split())}")
         sys.exit(2)
+    except KeyboardInterrupt:                 # outside the loop, which stops by itself
+        print("stopped by SIGINT", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
     if dist.is_initialized():
         dist.barrier()                        # a rank that leaves early can make gloo abort
         dist.destroy_process_group()

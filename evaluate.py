@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 evaluate.py out/finetune/last.pt --data k400/ --clips 10 --crops 1
     python evaluate.py out/finetune/last.pt --predict clip.mp4 other.mp4
-    python evaluate.py out/pretrain/last.pt --data films/ --features features.npz --every 10
+    python evaluate.py out/pretrain/last.pt --data films/ --features out/films.npz --every 10
     python evaluate.py out/pretrain/last.pt --data k400/ --probe --shots 5 10 --seeds 5
 
 A checkpoint of any format that convert.py knows will do. Model, sizes and number of views come from
@@ -218,7 +218,8 @@ def load(flags, print0):
     report = convert.load_weights(model, flags.checkpoint, verbose=False)
     clip = (f"{recipe.num_frames} frames at stride {recipe.sampling_rate}, "
             if models.takes_clips(recipe.model) else "")
-    print0(f"{flags.checkpoint}: {recipe.model}, {recipe.num_classes} classes, {clip}"
+    head = f"{recipe.num_classes} classes" if recipe.num_classes else "no head"
+    print0(f"{flags.checkpoint}: {recipe.model}, {head}, {clip}"
            f"{recipe.image_size[0]}x{recipe.image_size[1]} pixels"
            + "".join(f", tensors {what}: {len(report[what])}" for what in ("resized", "left out")
                      if report[what]))

@@ -53,7 +53,8 @@ def over_views(function, dataset, recipe, device, rank, world, what):
     loader = data.make_view_loader(
         dataset, share, max(recipe.device_batch // dataset.views, 1),
         engine.loader_workers(recipe.workers, device), pin_memory=device.type == "cuda")
-    with tqdm(total=len(share), unit=dataset.samples.kind, desc=what, disable=rank > 0 or None,
+    unit = dataset.samples.kind if dataset.starts[0] is None else "clip"
+    with tqdm(total=len(share), unit=unit, desc=what, disable=rank > 0 or None,
               dynamic_ncols=True, leave=False) as bar:
         for batch in loader:
             views = batch["x"].flatten(0, 1).split(recipe.device_batch)

@@ -191,6 +191,9 @@ def check(recipe, overrides):
                       "warmup_epochs", "warmup_lr", "min_lr", "weight_decay",
                       "save_minutes"))
     models.check_sizes(vars(recipe))
+    if not (recipe.data or models.takes_clips(recipe.model)):
+        raise ValueError(f"model={recipe.model} takes images, and without --data clips are made: "
+                         "name a folder of images with --data")
     if recipe.smoothing == 1:
         raise ValueError("smoothing=1.0 leaves nothing: use less than 1")
     if not 0 < recipe.crop_scale[0] <= recipe.crop_scale[1] <= 1:

@@ -104,9 +104,10 @@ def find_samples(root, split="train", limit_per_class=0, seed=0):
         _refuse_held_out(root, paths)
         labels, classes = [-1] * len(paths), []
     if not paths:
-        raise ValueError(f"no sample in the {split} split of {root} ({len(ignored)} files are no "
-                         f"media or in no class, first: {ignored[:1]}; {len(missing)} listed files "
-                         f"are missing, first: {missing[:1]}); media are "
+        faults = [f"{len(names)} {what}, first: {names[0]}; " for names, what in (
+            (ignored, "files are no media or in no class"), (missing, "listed files are missing"))
+            if names]
+        raise ValueError(f"no sample in the {split} split of {root}; {''.join(faults)}media are "
                          f"{', '.join(VIDEO + IMAGE)}\n{LAYOUTS}")
     videos = sum(media_kind(path) == "video" for path in paths)
     if 0 < videos < len(paths):

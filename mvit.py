@@ -242,7 +242,8 @@ class MViT(nn.Module):
             raise ValueError(f'pool={pool!r}: use "mean" or "cls"')
         strides = [4 * 2 ** i for i in range(len(stages))]
         if output_stride not in strides:
-            raise ValueError(f"output_stride={output_stride}: use one of {strides}")
+            raise ValueError(f"output_stride={output_stride} does not suit {len(stages)} stages: "
+                             f"use one of {strides}")
         if num_frames < 2 or num_frames % 2:
             raise ValueError(f"num_frames={num_frames}: use a positive multiple of 2")
         if min(H, W) < 32:

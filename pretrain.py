@@ -138,9 +138,12 @@ RUN_FIELDS = {"data", "out", "init", "resume", "device_batch", "amp", "compile",
 def check(recipe):
     """Raise ValueError for flags out of range or in contradiction, FileNotFoundError for --init."""
     video = models.takes_clips(recipe.model)
+    if not (video or recipe.data):
+        raise ValueError(f"model={recipe.model} takes images, and without --data clips are made: "
+                         "name a folder of images with --data")
     if video == (recipe.mask == "block"):
-        raise ValueError(f"mask={recipe.mask} does not suit {recipe.model}: use --mask "
-                         f"{'cube, tube or frame' if video else 'block'}")
+        raise ValueError(f"mask={recipe.mask} does not suit {recipe.model}: use its --recipe, or "
+                         f"--mask {'cube, tube or frame' if video else 'block'}")
     if recipe.target == ("label" if video else "mvit_b"):
         raise ValueError(f"target={recipe.target} is not for {'videos' if video else 'images'}: "
                          "use another --target")

@@ -216,7 +216,8 @@ def main():
     check_checkpoint(args.checkpoint, checkpoint)
     if lacking := NEEDED - checkpoint.get("recipe", {}).keys():
         raise ValueError(f"{args.checkpoint} is no pre-training of ours, its recipe lacks "
-                         f"{min(lacking)}: run convert.py on it")
+                         f"{min(lacking)}: name one, such as out/pretrain/last.pt. Of others, "
+                         "convert.py makes one")
     if args.frames < 1:
         raise ValueError(f"--frames {args.frames}: use 1 or more")
     if missing := [path for path in args.input if not os.path.isfile(path)]:

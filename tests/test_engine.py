@@ -204,7 +204,7 @@ def test_any_name_can_be_printed(monkeypatch):
 
 FIELDS = dict(epochs=9, batch_size=1, lr=0.1, lr_batch=1, warmup_epochs=0.0, warmup_lr=0.0,
               min_lr=0.0, weight_decay=0.0, beta2=0.9, clip_grad=1.0, log_every=1, save_minutes=9.0,
-              seed=0)
+              seed=0, resume=False)
 
 
 def linear_run(out, steps_per_epoch, **changes):
@@ -217,23 +217,28 @@ def linear_run(out, steps_per_epoch, **changes):
                              num_files=8, unit="image")
 
 
-def test_a_signal_ends_the_waiting_for_data(tmp_path):
-    """SIGTERM while no batch comes: the last step is saved, and the program ends."""
+def test_a_signal_ends_the_waiting_for_data(tmp_path, capsys):
+    """SIGTERM while no batch comes: the last step is saved, if there is one, and the program
+    ends."""
     def hang():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
         yield
-    model, run = linear_run(tmp_path / "out", 8)
-    try:
-        lr = run.start_step()
-        model(torch.ones(1, 2)).sum().backward()
-        run.end_step(torch.ones(()), lr)
-        with pytest.raises(SystemExit) as exit:
-            run.next_batch(hang())
-    finally:
-        run.stop.release()
-    assert exit.value.code == 128 + signal.SIGTERM
-    assert read_checkpoint(tmp_path / "out/last.pt")["step"] == 1
+    for steps, words in ((0, "no step was saved, start again"), (1, "holds step 1, go on")):
+        model, run = linear_run(tmp_path / str(steps), 8)
+        try:
+            for _ in range(steps):
+                lr = run.start_step()
+                model(torch.ones(1, 2)).sum().backward()
+                run.end_step(torch.ones(()), lr)
+            with pytest.raises(SystemExit) as exit:
+                run.next_batch(hang())
+        finally:
+            run.stop.release()
+        assert exit.value.code == 128 + signal.SIGTERM
+        assert f"after step {steps} of 72: " in (text := capsys.readouterr().out) and words in text
+        assert (tmp_path / str(steps) / "last.pt").exists() == bool(steps)
+    assert read_checkpoint(tmp_path / "1/last.pt")["step"] == 1
 
 
 def test_a_second_signal_does_not_wait():

@@ -43,7 +43,8 @@ def make_dataset(folder, seed=0, print0=print, what="videos"):
     if not path.exists() or not any(path.iterdir()):
         print0(f"no --data: making {what} in {folder}, once")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as making:
+        with tempfile.TemporaryDirectory(prefix=f"{path.name}-unfinished-", dir=path.parent,
+                                         ignore_cleanup_errors=True) as making:
             new = Path(making, "new")
             # In a child, since no video library may be loaded before the data workers fork.
             code = f"from tools import synthetic; synthetic.write_{what}({str(new)!r}, {seed})"
@@ -52,6 +53,8 @@ def make_dataset(folder, seed=0, print0=print, what="videos"):
             (new / "synthetic.txt").write_text(mark)
             with contextlib.suppress(OSError):              # another process was faster
                 new.rename(path)
+    else:
+        print0(f"no --data: the {what} in {folder}")
     found = (path / "synthetic.txt").read_text() if (path / "synthetic.txt").is_file() else ""
     if found != mark:
         raise ValueError(f"{folder} holds {found.strip() or 'something else'}, not {mark.strip()}: "
