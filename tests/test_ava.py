@@ -256,6 +256,9 @@ def test_rows_that_cannot_be_used_are_counted_and_named(movies, tmp_path):
         (row[0], int(row[1]), *map(float, row[2:6])) for row in rows))
     with pytest.raises(ValueError, match="no box"):
         find(folder, "val", box_score=1.0)
+    with pytest.raises(FileNotFoundError, match="no data folder"):
+        find(tmp_path / "nothing", "val")
+    (tmp_path / "nothing").mkdir()
     with pytest.raises(FileNotFoundError, match="ava_val_predicted_boxes.csv"):
         find(tmp_path / "nothing", "val")
 

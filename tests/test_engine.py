@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import engine
 from engine import parse_recipe, usable_cores
@@ -198,6 +199,12 @@ def test_any_name_can_be_printed(monkeypatch):
     out.flush()
     assert exit.value.code == 2 and out.buffer.getvalue() == b"caf\\xe9 \\udce9\n"
     assert err.buffer.getvalue().splitlines() == [b"error: no \\xe9", b"  DIR"]
+
+
+def test_an_interrupt_outside_the_loop_is_one_line(capsys):
+    with pytest.raises(SystemExit) as exit:
+        engine.run_main(mock.Mock(side_effect=KeyboardInterrupt))
+    assert exit.value.code == 130 and capsys.readouterr().err == "stopped by SIGINT\n"
 
 
 # ------------------------------------------------------------------------------------------- a run
