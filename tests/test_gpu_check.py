@@ -23,8 +23,9 @@ def test_command(tmp_path):
     (tmp_path / "mvitv2_s.json").write_text('[{"step": "done before"}]')
     (tmp_path / "hog.json").mkdir()                           # its file cannot be written
     done = runs.run("tools.gpu_check", "--small", "--out", tmp_path, "--parts", "mvitv2_s", "hog",
-                    "fp16", "loader")
+                    "fp16", "loader", "runs")
     assert done.returncode == 2 and "hog ended with an error" in done.stderr, done.stderr
     table = (tmp_path / "table.md").read_text()
     assert "done before" in table and "| mvit_nano | eager | fp16 | 2 |" in table
+    assert "| pretrain.py --amp fp32 |" in table and "| 6 of 6 |" in table
     assert float(table.split("| 16x4 clips of 340x256 | 1 | ")[1].split()[0]) > 0
