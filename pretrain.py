@@ -226,8 +226,8 @@ def main():
 
     shown, source, reason = engine.from_rank0(find_shown, recipe, samples)
     if reason:
-        print0(f"loss and pictures show training samples, as no validation part can be used: "
-               f"{reason}")
+        print0("loss and pictures show training samples, as no validation part can be used: "
+               + reason)
     held_out, val_loss = None, None
     if recipe.val_samples:
         few = layouts.spread(shown, min(recipe.val_samples, len(shown), -(-len(samples) // 4)))
@@ -301,7 +301,7 @@ def find_shown(recipe, samples):
             data.find_maps(shown.paths, recipe.teacher)       # raises if one is missing
         return shown, "validation", ""
     except (ValueError, OSError) as error:
-        return samples, "training", str(error)
+        return samples, "training", str(error).splitlines()[0]
 
 
 def draw_pictures(run, shown, model):
