@@ -94,9 +94,13 @@ def markdown(lines):
                 text += f"\nTable {number}: {title}. Ours: {data}, `{flags}`.\n\n"
                 text += "| | paper | ours | seeds |\n|---|---|---|---|\n"
                 for row, label, paper, _ in rows:
-                    mean = f"{sum(top1[row]) / len(top1[row]):.1f}" if top1[row] else "not run"
-                    seeds = ", ".join(f"{x:.2f}" for x in top1[row])
-                    text += f"| {label} | {paper} | {mean} | {seeds} |\n"
+                    if top1[row]:
+                        seeds = ", ".join(f"{x:.2f}" for x in top1[row])
+                        text += (f"| {label} | {paper} | {sum(top1[row]) / len(top1[row]):.1f} | "
+                                 f"{seeds} |\n")
+                missing = [f"{label} ({paper})" if paper else label
+                           for row, label, paper, _ in rows if not top1[row]]
+                text += f"\nNot run: {', '.join(missing)}.\n" if missing else ""
     return text + "\nTop-1 in percent: the mean, and each seed of fine-tuning.\n"
 
 
