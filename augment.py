@@ -1,4 +1,4 @@
-"""Random augmentation for fine-tuning: RandAugment, erasing, mixup and cutmix.
+"""Random augmentation for fine-tuning: RandAugment, color jitter, erasing, mixup and cutmix.
 
 The paper fine-tunes with them (Sec. 4, 5); the settings are the release's: `rand-m7-mstd0.5-inc1`
 for clips (m9 for images), erasing in "pixel" mode, mixup 0.8, cutmix 1.0, label smoothing 0.1.
@@ -13,6 +13,11 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 GRAY = (128, 128, 128)  # release: what lies outside a clip (of images, the mean color)
+
+
+def _look_up(image, function):
+    """Each value of each color replaced by function(value)."""
+    return image.point([function(value) for value in range(256)] * 3)
 
 
 def _affine(image, matrix, fill):
@@ -35,11 +40,11 @@ OPERATIONS = {
     "Rotate": (lambda level: 30 * level, True,  # degrees
                lambda image, a, fill: image.rotate(a, Image.BICUBIC, fillcolor=fill)),
     "Posterize": (lambda level: 4 - int(4 * level), False,  # bits that stay
-                  lambda image, a, fill: image.point(lambda v: v >> (8 - a) << (8 - a))),
+                  lambda image, a, fill: _look_up(image, lambda v: v >> (8 - a) << (8 - a))),
     "Solarize": (lambda level: 256 - int(256 * level), False,  # inverted from here on
-                 lambda image, a, fill: image.point(lambda v: v if v < a else 255 - v)),
+                 lambda image, a, fill: _look_up(image, lambda v: v if v < a else 255 - v)),
     "SolarizeAdd": (lambda level: int(110 * level), False,  # added below 128
-                    lambda image, a, fill: image.point(lambda v: v + a if v < 128 else v)),
+                    lambda image, a, fill: _look_up(image, lambda v: v + a if v < 128 else v)),
     "Color": _enhance("Color"),  # 0: gray
     "Contrast": _enhance("Contrast"),  # 0: the mean gray
     "Brightness": _enhance("Brightness"),  # 0: black
@@ -107,6 +112,18 @@ def parse_rand_augment(text):
     if kind != "rand" or "inc" not in found or float(found["m"]) > 10:
         raise ValueError(f"{text!r} is not rand-...-inc1 with m up to 10: try rand-m7-mstd0.5-inc1")
     return {"magnitude": float(found["m"]), "std": float(found["mstd"]), "num_ops": int(found["n"])}
+
+
+def color_jitter(images, rng, strength=0.4):
+    """Brightness, contrast and saturation in random order, the same for a list of PIL RGB images.
+
+    Each by a factor in [1 - strength, 1 + strength]. Release: for images, without RandAugment.
+    """
+    if strength < 0:
+        raise ValueError(f"color jitter of strength {strength}: use 0 (off) or more, 0.4 is usual")
+    names = rng.sample(("Brightness", "Contrast", "Color"), 3)
+    factors = [(name, rng.uniform(max(1 - strength, 0), 1 + strength)) for name in names]
+    return apply_operations(images, factors)
 
 
 def erasing_box(height, width, rng, prob=0.25, area=(0.02, 1 / 3), aspect=(0.3, 1 / 0.3)):

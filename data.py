@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils._pytree import tree_leaves
 
 import layouts
 import video
@@ -168,6 +167,14 @@ def sample_rng(seed, epoch, index, purpose=""):
     return random.Random(f"{seed} {epoch} {index} {purpose}")
 
 
+def check_kind(kind, num_frames):
+    """Raises ValueError unless num_frames is a number for videos and None for images."""
+    if (kind == "video") != (num_frames is not None):
+        raise ValueError(
+            f"num_frames={num_frames} does not go with {kind} data: a number for videos, None for "
+            "images; or choose another recipe or data folder")
+
+
 def read_or_replace(read, index, count, rng):
     """read(index), or of another of `count` samples, drawn from rng, if that file is unreadable.
 
@@ -205,6 +212,7 @@ class PretrainDataset(torch.utils.data.Dataset):
     def __init__(self, samples, image_size, num_frames=None, sampling_rate=4, mask=None, seed=0,
                  scale=(0.5, 1.0), flip=0.5, short_side=None, view_size=None, view_stride=1,
                  maps=None, map_classes=1000):
+        check_kind(samples.kind, num_frames)
         self.samples, self.image_size, self.num_frames = samples, tuple(image_size), num_frames
         self.sampling_rate, self.mask, self.seed = sampling_rate, mask, seed
         self.scale, self.flip = scale, flip
@@ -280,6 +288,7 @@ class FinetuneDataset(torch.utils.data.Dataset):
     def __init__(self, samples, image_size, num_frames=None, sampling_rate=4, seed=0,
                  scale=(0.5, 1.0), flip=0.5, short_side=None, segments=False, augment=None,
                  erase=None, repeats=1):
+        check_kind(samples.kind, num_frames)
         self.samples, self.image_size, self.num_frames = samples, tuple(image_size), num_frames
         self.sampling_rate, self.seed, self.scale, self.flip = sampling_rate, seed, scale, flip
         self.short_side = short_side or decoded_side(image_size)
@@ -388,6 +397,13 @@ def notes_on_files(samples, recipe, count=16):
 # --------------------------------------------------------------------------------- views for a test
 
 
+def check_views(clips, crops, crop_ratio):
+    """Raises ValueError for views that cannot be cut."""
+    if clips < 1 or crops not in (1, 3) or not 0 < crop_ratio <= 1:
+        raise ValueError(f"clips={clips}, crops={crops}, crop_ratio={crop_ratio}: use 1 or more "
+                         "clips, 1 or 3 crops and a ratio in (0, 1]")
+
+
 def read_views(path, image_size, num_frames=None, sampling_rate=4, clips=1, crops=1,
                crop_ratio=0.875, segments=False, start=None):
     """All views of one file for a test, decoded once. Nothing is random.
@@ -399,8 +415,9 @@ def read_views(path, image_size, num_frames=None, sampling_rate=4, clips=1, crop
     center and right (or top, middle, bottom) of the picture scaled to cover image_size.
     start: where the only clip begins, in seconds after the beginning of the video.
     Returns uint8 (clips*crops, 3, T, H, W), clip by clip, or (crops, 3, H, W). Images are scaled
-    bicubically (release). Raises UnreadableFile.
+    bicubically (release). Raises UnreadableFile, or ValueError by `check_views`.
     """
+    check_views(clips, crops, crop_ratio)
     H, W = image_size
     min_size = (H, W) if crops == 3 else (round(H / crop_ratio), round(W / crop_ratio))
 
@@ -444,6 +461,8 @@ class ViewDataset(torch.utils.data.Dataset):
 
     def __init__(self, samples, image_size, num_frames=None, sampling_rate=4, clips=1, crops=1,
                  crop_ratio=0.875, segments=False, starts=None):
+        check_kind(samples.kind, num_frames)
+        check_views(clips, crops, crop_ratio)
         self.starts = starts or [None] * len(samples)
         self.samples, self.clips, self.crops = samples, clips if num_frames else 1, crops
         self.views = self.clips * crops
@@ -475,8 +494,8 @@ class EpochBatches:
 
     batch_size is global. Step s takes the s-th slice of its epoch's permutation, which depends on
     (seed, epoch) only. A process takes its share of the slice in micro-batches of device_batch
-    (None: one). The rest of an epoch is dropped. start_step: steps done before a restart. The sizes
-    must divide, as those of `engine.plan_batch` do.
+    (None: one). The rest of an epoch is dropped. start_step: steps done before a restart.
+    Raises ValueError if the sizes do not divide or an epoch has no full batch.
     """
 
     def __init__(self, num_samples, batch_size, epochs, seed=0, rank=0, world_size=1,
@@ -485,6 +504,13 @@ class EpochBatches:
         self.device_batch = device_batch or self.share
         self.steps_per_epoch = num_samples // batch_size
         self.num_steps = epochs * self.steps_per_epoch
+        if batch_size % (world_size * self.device_batch):
+            raise ValueError(f"batch_size={batch_size} is not a multiple of {world_size} processes "
+                             f"x device_batch={self.device_batch}")
+        if not self.steps_per_epoch or not 0 <= start_step <= self.num_steps:
+            raise ValueError(f"start_step={start_step} of {self.num_steps}: {num_samples} samples "
+                             f"fill {self.steps_per_epoch} batches of {batch_size} in an epoch; "
+                             f"use batch_size <= {num_samples}, or more epochs")
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.rank, self.start_step = rank, start_step
 
@@ -531,6 +557,15 @@ def check_shared_memory(batch_bytes, workers):
             + MORE_SHARED_MEMORY)
 
 
+def tensors_of(batch):
+    """All tensors in nested dicts and lists."""
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, (dict, list)):
+        for part in batch.values() if isinstance(batch, dict) else batch:
+            yield from tensors_of(part)
+
+
 def collate_in_worker(collate, items):
     """`collate`, then the move into shared memory, if in a worker.
 
@@ -539,9 +574,8 @@ def collate_in_worker(collate, items):
     batch = collate(items)
     if torch.utils.data.get_worker_info() is not None:
         try:
-            for leaf in tree_leaves(batch):
-                if isinstance(leaf, torch.Tensor):
-                    leaf.share_memory_()
+            for tensor in tensors_of(batch):
+                tensor.share_memory_()
         except RuntimeError as error:
             if "Too many open files" in str(error):
                 raise video.out_of_files() from error

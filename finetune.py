@@ -64,6 +64,7 @@ class Recipe:
                                group="augmentation (release)")
     flip: float = option(0.5, "probability of a horizontal flip")
     rand_augment: str = option("rand-m7-mstd0.5-inc1", "RandAugment in timm's notation; '': none")
+    color_jitter: float = option(0.0, "strength of color jitter, used without RandAugment")
     erase: float = option(0.25, "probability of random erasing")
     repeats: int = option(2, "augmentations of each decoded sample in a batch")
     mixup: float = option(0.8, "Beta parameter; 0: off")
@@ -183,12 +184,14 @@ RUN_FIELDS = {"data", "out", "init", "resume", "baseline", "seeds", "device_batc
 
 def check(recipe, overrides):
     """Raise ValueError for flags that contradict each other. overrides: names of those given."""
+    if "color_jitter" in overrides and recipe.color_jitter and recipe.rand_augment:
+        raise ValueError("--color-jitter does not go with RandAugment: add --rand-augment ''")
     engine.check_numbers(
         recipe, shares=("smoothing", "flip", "erase", "beta2"),
         positive=("epochs", "batch_size", "lr", "lr_batch", "device_batch", "log_every",
                   "layer_decay", "seeds"),
         not_negative=("clip_grad", "mixup", "cutmix", "val_epochs", "limit_per_class",
-                      "warmup_epochs", "warmup_lr", "min_lr", "weight_decay",
+                      "warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "color_jitter",
                       "save_minutes"))
     models.check_sizes(vars(recipe))
     if not (recipe.data or models.takes_clips(recipe.model)):
@@ -227,6 +230,8 @@ def make_dataset(recipe, samples):
         gray = tuple(round(255 * m) for m in recipe.mean) if samples.kind == "image" else (128,) * 3
         change = functools.partial(augment.rand_augment, fill=gray,
                                    **augment.parse_rand_augment(recipe.rand_augment))
+    elif recipe.color_jitter:
+        change = functools.partial(augment.color_jitter, strength=recipe.color_jitter)
     erase = functools.partial(augment.erasing_box, prob=recipe.erase) if recipe.erase else None
     return data.FinetuneDataset(
         samples, recipe.image_size, recipe.num_frames if samples.kind == "video" else None,

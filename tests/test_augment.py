@@ -10,7 +10,7 @@ from conftest import golden_input
 from PIL import Image
 
 import augment
-from augment import OPERATIONS, draw_operations, erase, erasing_box, mix, rand_augment
+from augment import OPERATIONS, color_jitter, draw_operations, erase, erasing_box, mix, rand_augment
 from tools import augmentations
 
 UNLEVELED = ("AutoContrast", "Equalize", "Invert")
@@ -145,6 +145,8 @@ def test_one_draw_for_a_clip():
         alone = [rand_augment([frame], random.Random(seed))[0] for frame in clip]
         assert result == content(alone) == content(rand_augment(clip, random.Random(seed)))
         results.add(tuple(result))
+        same = color_jitter(clip[:1] * 3, random.Random(seed))
+        assert len(set(content(same))) == 1 and same[0].size == clip[0].size
     assert len(results) > 15  # about a quarter of them draw no operation
 
 
@@ -189,6 +191,18 @@ def test_parse(text, want):
         return
     with pytest.raises(ValueError, match=want):
         augment.parse_rand_augment(text)
+
+
+def test_color_jitter():
+    image = Image.fromarray(picture())
+    assert content(color_jitter([image], random.Random(0), 0)) == content([image])
+    mean = lambda strength: np.array([
+        np.asarray(color_jitter([image], random.Random(seed), strength)[0]).mean()
+        for seed in range(200)]) / np.asarray(image).mean()
+    factor = mean(0.4)  # nearly that of brightness, as color and contrast keep the mean
+    assert 0.55 < factor.min() < 0.68 and 1.3 < factor.max() < 1.45
+    assert factor.mean() == pytest.approx(1, abs=4.5 * 0.4 / math.sqrt(3 * 200))
+    assert mean(0.1).std() < factor.std() / 2
 
 
 def test_erasing_box_within_bounds():
@@ -319,6 +333,7 @@ def test_mix_draws():
 
 @pytest.mark.parametrize("call, words", [
     (lambda x, i: rand_augment([Image.new("L", (8, 8))], random.Random(0)), 'mode L.*"RGB"'),
+    (lambda x, i: color_jitter([Image.new("RGB", (8, 8))], random.Random(0), -1), "-1"),
     (lambda x, i: erase(x.byte(), torch.zeros(2, 4).int(), i), "uint8"),
     (lambda x, i: erase(x, torch.zeros(1, 4).int(), i), "2 samples with 1 boxes"),
     (lambda x, i: mix(x.byte(), i, 2, random.Random(0)), "uint8"),

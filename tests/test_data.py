@@ -169,6 +169,12 @@ def test_flip_mirrors_half_of_the_samples(tmp_path):
     assert views[0].shape == (3, 16, 16) and "mask" not in items[0, 0]
 
 
+def test_num_frames_must_go_with_the_data(clip_set):
+    for kind in (data.PretrainDataset, data.FinetuneDataset, data.ViewDataset):
+        with pytest.raises(ValueError, match="num_frames=None does not go with video"):
+            kind(clip_set, (32, 32))
+
+
 # ------------------------------------------------ fine-tuning: augmentation, repeats, segments
 
 
@@ -293,6 +299,14 @@ def test_epoch_batches_do_not_depend_on_ranks_and_accumulation():
     assert len(data.EpochBatches(29, 8, 3, device_batch=2, start_step=4)) == 20
 
 
+@pytest.mark.parametrize("wrong, message", [
+    (dict(num_samples=7), "batch_size <= 7"), (dict(world_size=3), "multiple of 3"),
+    (dict(device_batch=3), "device_batch=3"), (dict(start_step=13), "start_step=13")])
+def test_epoch_batches_refuse(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        data.EpochBatches(**{"num_samples": 32, "batch_size": 8, "epochs": 3} | wrong)
+
+
 # -------------------------------------------------------------------------------- views for a test
 
 
@@ -403,6 +417,13 @@ def test_view_dataset_draws_nothing_and_counts_every_file(clip_set, monkeypatch)
         share = list(data.make_view_loader(items, range(rank, 7, 2), 2, 2))
         assert torch.equal(torch.cat([batch["x"] for batch in share]), x[rank::2])
     assert list(data.make_view_loader(items, range(7, 7), 2, 2)) == []
+
+
+def test_views_refuse(clip_set):
+    for wrong, message in ((dict(crops=2), "crops=2"), (dict(clips=0), "clips=0"),
+                           (dict(crop_ratio=1.2), "crop_ratio=1.2")):
+        with pytest.raises(ValueError, match=message):
+            data.ViewDataset(clip_set, (24, 24), 4, **wrong)
 
 
 # ------------------------------------------------------------------------------ faults of a loader

@@ -24,6 +24,7 @@ import models
 import pretrain
 import vit
 from targets import TARGETS
+from tools import bench
 
 # On a GPU each of these waits until it has computed all that was asked of it before.
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique2",
@@ -52,6 +53,22 @@ def small(model, **changes):
         image_size=(64, 64), num_frames=4, **changes)
 
 
+@pytest.mark.parametrize("model, changes", [
+    slow("mvitv2_s", {}), slow("mvitv2_s", {"target": "pixel", "drop_path": 0.1}), ("vit_b", {}),
+    ("vit_b", {"norm": "none", "color": "gray", "checkpointing": True})])
+def test_every_tensor_of_a_step_is_on_the_device_of_the_model(model, changes):
+    """On the meta device, a tensor of the CPU in a forward or backward pass is an error."""
+    recipe = small(model, **changes)
+    with torch.device("meta"):
+        net = models.build_maskfeat(dataclasses.asdict(recipe)).train()
+    T = [recipe.num_frames] if models.takes_clips(model) else []
+    x = torch.empty(2, 3, *T, *recipe.image_size, device="meta")
+    grid = [side // stride for side, stride in zip(x.shape[2:], net.encoder.patch_stride)]
+    loss, prediction = net(x, torch.empty(2, *grid, device="meta", dtype=torch.bool))
+    loss.backward()
+    assert prediction.is_meta and all(p.grad.is_meta for p in net.parameters())
+
+
 @pytest.mark.slow
 def test_every_tensor_of_a_finetuning_step_is_on_the_device_of_the_model():
     with torch.device("meta"):
@@ -59,6 +76,17 @@ def test_every_tensor_of_a_finetuning_step_is_on_the_device_of_the_model():
     logits = net.train()(torch.empty(2, 3, 4, 64, 64, device="meta"))
     augment.soft_cross_entropy(logits, torch.empty(2, 400, device="meta")).backward()
     assert all(p.grad.is_meta for p in net.parameters())
+
+
+@pytest.mark.parametrize("model, changes", [("mvit_nano", {}), ("mvit_nano", {"target": "pixel"}),
+                                            ("vit_tiny", {"drop_path": 0.1})])
+def test_forward_and_backward_do_not_wait(model, changes, monkeypatch):
+    # On a CPU, and there alone, one_hot looks whether its input is in range.
+    monkeypatch.setattr(F, "one_hot", lambda x, n: (x[:, None] == torch.arange(n)).long())
+    step = bench.make_step(small(model, output_stride=8, patch_size=8, **changes), 2, amp="bf16")
+    with Waits() as waits:
+        step()
+    assert waits.found == []
 
 
 def steps_of(tmp_path, optimizer, count, micro_batches=0):

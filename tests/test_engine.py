@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 from conftest import ROOT
 
+import data
 import pretrain
 import visualize
 from checkpoints import read_checkpoint, save_checkpoint
@@ -224,6 +225,64 @@ def linear_run(out, steps_per_epoch, **changes):
     return model, engine.Run(recipe, model, engine.make_optimizer(model, recipe), scaler,
                              device=cpu, steps_per_epoch=steps_per_epoch, fingerprint="",
                              num_files=8, unit="image")
+
+
+class Slow(torch.utils.data.Dataset):
+    """From the fourth sample on it hangs, and leaves a file that says so."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, key):
+        if key[1] >= 3:
+            self.path.touch()
+            time.sleep(300)
+        return {"x": torch.ones(2), "label": 0, "index": key[1], "unreadable": []}
+
+
+def train_on_slow_data(folder, workers):
+    def main():
+        model, run = linear_run(folder / "out", 8)
+        keys = [[(0, i)] for i in range(8)]
+        loader = iter(data.make_loader(Slow(folder / "waits"), keys, workers))
+        while run.step < run.total_steps:
+            lr = run.start_step()
+            run.next_batch(loader)
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            run.end_step(torch.ones(()), lr)
+    engine.run_main(main)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_ends_a_program_that_waits_for_data(tmp_path, workers):
+    """SIGTERM while no batch comes: the last step is saved, and the program ends.
+
+    A process of its own, since a fork does not do at its exit what a program does.
+    """
+    code = (f"import engine, sys; sys.path[:0] = {str(ROOT)!r}, {str(ROOT / 'tests')!r}\n"
+            "import pathlib, test_engine\n"
+            f"test_engine.train_on_slow_data(pathlib.Path({str(tmp_path)!r}), {workers})")
+    log = tmp_path / "out/log.jsonl"
+    with open(tmp_path / "output", "w") as output:
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=output,
+                                   stderr=output)
+    try:
+        for _ in range(600):
+            if (tmp_path / "waits").exists() and log.exists() and log.read_text().count("\n") == 3:
+                break
+            assert process.poll() is None, (tmp_path / "output").read_text()
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(120) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    assert "stopped by SIGTERM" in (tmp_path / "output").read_text()
+    assert read_checkpoint(tmp_path / "out/last.pt")["step"] == 3
 
 
 def test_a_signal_ends_the_waiting_for_data(tmp_path, capsys):

@@ -93,6 +93,7 @@ def test_images(tmp_path, monkeypatch):
     ("--probe", "evaluate.py CHECKPOINT"),
     ("--flops", "tools.flops"),
     ("--device-batch 1 --repeats 1", "mixup and cutmix pair the samples"),
+    ("--color-jitter 0.4", "--rand-augment ''"),
     ("--smoothing 1", "smoothing=1.0"),
     ("--model mvitv2_x", "invalid choice"),
 ])

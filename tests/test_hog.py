@@ -100,6 +100,11 @@ def test_ties_fall_where_atan2_puts_them(bins):
     assert (HOG(bins)(image) - plain_hog(image, bins)).abs().max() < 1e-6
 
 
+def test_plain_form_on_large_images():
+    images = random_image(9, 3, 96, 160, seed=5)
+    assert (HOG()(images) - plain_hog(images)).abs().max() < 1e-6
+
+
 # --- edge cases ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("norm", ["none", "l1", "l2"])
@@ -165,6 +170,15 @@ def test_leaves_no_trace():
     hog = HOG()
     assert not hog(image).requires_grad and torch.equal(image, before)
     assert not hog.state_dict() and not list(hog.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"color": "opponent", "norm": "l1", "bins": 12},
+                                     {"color": "gray", "norm": "none", "gradient": "central"}])
+def test_compiles_without_a_graph_break(options):
+    hog, image = HOG(**options), random_image(2, 3, 32, 48)
+    compiled = torch.compile(hog, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(image), hog(image))
 
 
 # --- patches -------------------------------------------------------------------------------------

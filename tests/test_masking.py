@@ -1,4 +1,4 @@
-"""Masks against the release's seeded draws, and their promises on any grid."""
+"""Masks against the release's seeded draws and statistics, and their promises on any grid."""
 import hashlib
 import math
 import random
@@ -11,6 +11,15 @@ from conftest import slow
 from masking import block_mask, cube_mask, draw_mask, frame_mask, tube_mask
 
 GOLDEN = np.load(FOLDER / "masks_seeded.npz")
+COUNT = 2000  # masks per statistic
+
+
+def near(measured, share):
+    """Within four standard errors of both, plus 0.0005, since references are rounded."""
+    error = math.sqrt(share * (1 - share) * (1 / COUNT + 1 / 4000))       # theirs: of 4000 masks
+    return abs(measured - share) < 4 * error + 0.0005
+
+
 def test_block_masks_reproduce_the_seeded_release():
     rng = random.Random(123)
     for golden in GOLDEN["image"]:
@@ -50,12 +59,52 @@ def test_a_seed_gives_the_same_mask_as_ever(kind, grid, ratio, digest):
     assert masks.hexdigest()[:16] == digest
 
 
-def test_a_tube_is_a_block_for_all_time_steps():
+def test_block_statistics():
     rng = random.Random(0)
-    masks = [tube_mask((8, 14, 14), 0.4, rng) for _ in range(99)]
+    counts = np.array([block_mask((14, 14), 0.4, rng).sum() for _ in range(COUNT)])
+    assert counts.max() == 78 and 66 <= counts.min() <= 74      # reference: 70 to 78, mean 77.56
+    assert abs(counts.mean() - 77.56) < 4 * counts.std() * math.sqrt(1 / COUNT + 1 / 4000)
+    assert near((counts == 78).mean(), 0.707)
+
+
+@pytest.mark.slow
+def test_cube_statistics():
+    rng = random.Random(0)
+    masks = np.stack([cube_mask((8, 7, 7), 0.4, rng, coarse=1) for _ in range(COUNT)])
+    counts, error = masks.sum((1, 2, 3)), 4 * math.sqrt(1 / COUNT + 1 / 4000)
+    assert counts.max() == 157 and 139 <= counts.min() <= 150   # reference: 143 to 157, mean 155.7
+    assert abs(counts.mean() - 155.7) < error * counts.std() + 0.05           # 0.05: rounding
+    assert near((counts == 157).mean(), 0.367)
+    # Coverage: reference shares in whole percent, hence 0.005. The cells of a mask depend on each
+    # other, so the standard error is that of the masks' own shares.
+    time, corner = masks.mean((2, 3)), masks[:, :, ::6, ::6].mean((1, 2, 3))
+    center = masks[:, :, 3, 3].mean(1)
+    for samples, share in ((time[:, 0], 0.24), (time[:, 7], 0.24), (time[:, 3], 0.51),
+                           (time[:, 4], 0.51), (corner, 0.12), (center, 0.70)):
+        assert abs(samples.mean() - share) < error * samples.std() + 0.005
+    # Long runs in time, yet no tube. Independent cells would give about 0.4.
+    for axis in (1, 2, 3):
+        first, second = np.take(masks, range(3), axis), np.take(masks, range(1, 4), axis)
+        assert (first & second).sum() / first.sum() > 0.7
+    assert (masks[:, 1:] != masks[:, :-1]).any((1, 2, 3)).mean() > 0.99
+
+
+@pytest.mark.slow
+def test_tube_statistics_and_constancy_in_time():
+    rng = random.Random(0)
+    masks = [tube_mask((8, 14, 14), 0.4, rng) for _ in range(COUNT)]
     assert all((mask == mask[:1]).all() for mask in masks)
+    counts = np.array([mask[0, ::2, ::2].sum() for mask in masks])
+    assert counts.max() == 20 and near((counts == 20).mean(), 0.967)
     expected = block_mask((7, 7), 0.4, random.Random(5)).repeat(2, axis=0).repeat(2, axis=1)
     assert np.array_equal(tube_mask((8, 14, 14), 0.4, random.Random(5))[3], expected)
+
+
+def test_enlarged_cells_stay_whole():
+    mask = cube_mask((4, 9, 14), 0.4, random.Random(2))
+    coarse = mask[:, ::2, ::2]
+    assert coarse.shape == (4, 5, 7)
+    assert np.array_equal(coarse.repeat(2, axis=1).repeat(2, axis=2)[:, :9], mask)
 
 
 @pytest.mark.parametrize("t, ratio, count", [(8, 0.4, 3), (8, 0.9, 7), (2, 0.1, 1), (5, 0.01, 1)])
@@ -113,6 +162,18 @@ def test_high_ratios_are_reached():
         for ratio in (0.8, 0.9, 0.95):
             shares = [block_mask(grid, ratio, random.Random(seed)).mean() for seed in range(60)]
             assert min(shares) > 0.6 and abs(np.mean(shares) - ratio) < 0.03
+
+
+def test_the_generator_alone_decides():
+    for make, grid in ((block_mask, (14, 14)), (cube_mask, (8, 14, 14)), (tube_mask, (8, 14, 14)),
+                       (frame_mask, (8, 14, 14))):
+        runs = []
+        for seed in (0, 1):
+            random.seed(seed)
+            np.random.seed(seed)
+            rng = random.Random(7)
+            runs.append([make(grid, 0.4, rng) for _ in range(5)])
+        assert np.array_equal(*runs) and len({mask.tobytes() for mask in runs[0]}) > 1
 
 
 def test_errors_name_the_value():

@@ -164,6 +164,12 @@ def test_widening(expand):
     torch.testing.assert_close(ours, want)
 
 
+def test_single_clip_equals_batch():
+    model = tiny().eval()
+    x = torch.randn(3, 3, 4, 64, 64)
+    torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-4, atol=1e-6)
+
+
 def test_checkpointing_changes_nothing():
     torch.manual_seed(0)
     plain, saving = tiny(), tiny(checkpointing=True)
@@ -187,6 +193,15 @@ def test_drop_path():
     assert torch.equal(drop.eval()(x), x)
     rates = [round(block.drop_path.p, 3) for block in tiny(drop_path=0.2).blocks]
     assert rates == [0, 0.05, 0.1, 0.15, 0.2]
+
+
+def test_autocast_stays_close():
+    torch.manual_seed(0)
+    model = tiny().eval()
+    x = torch.randn(2, 3, 4, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(x).float()
+    torch.testing.assert_close(half, model(x), rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize("options, words", [

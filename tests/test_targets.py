@@ -2,6 +2,9 @@
 import math
 import os
 import re
+import signal
+
+import engine
 
 import numpy as np
 import pytest
@@ -367,6 +370,26 @@ def test_pretraining(kind, target, teacher, flags, width, images, clips, made, t
                   picture)
     for path in (out / "prediction.png", picture):
         assert np.asarray(Image.open(path).convert("RGB")).std() > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["pixel", "dvae", "dino", "label"])
+def test_stopped_and_resumed(target, images, made, tmp_path, monkeypatch):
+    """Stopped after three of four steps and resumed, a run gives the weights of a whole one."""
+    flags = ["--data", images, "--target", target, *IMAGES, "--epochs", 2, "--drop-path", 0.2]
+    if target == "label":
+        flags += ["--label-classes", 5]
+    elif target != "pixel":
+        flags += ["--teacher", made(target)]
+    runs.run_well("pretrain.py", *flags, "--out", tmp_path / "whole")
+    asked = iter(["", "", "", "SIGTERM"])
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.StopSignal, "agreed", lambda self: next(asked))
+        done = runs.run("pretrain.py", *flags, "--out", tmp_path / "stopped")
+    assert done.returncode == 128 + signal.SIGTERM
+    assert checkpoints.read_checkpoint(tmp_path / "stopped/last.pt")["step"] == 3
+    runs.run_well("pretrain.py", *flags, "--out", tmp_path / "stopped", "--resume")
+    runs.assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
 
 
 @pytest.mark.slow

@@ -152,6 +152,12 @@ def test_read_clip_is_the_naive_form(videos, name):
             assert (fast.float() - naive.float()).abs().mean() < 2  # of 255, at the bars' edges
 
 
+def test_read_clip_16x4_at_30_fps_steps_by_4(videos):
+    for position, first in ((0, 0), (1, 56)):
+        clip = video.read_clip(videos["b_frames.mp4"], position=position)
+        assert read_numbers(clip) == list(range(first, first + 64, 4))
+
+
 @pytest.mark.parametrize("name", VIDEOS)
 def test_segments_split_the_video_into_equal_parts(videos, name):
     times, duration = decode_all(videos[name])
@@ -169,6 +175,10 @@ def test_segments_split_the_video_into_equal_parts(videos, name):
         places = [0, 0.5, 1 - 1.5 / len(times)]
         clip = video.read_clip(videos[name], 3, short_side=None, places=places)
         assert read_numbers(clip)[2] == len(times) - 1  # half a frame before the end
+
+
+def test_short_video_repeats_its_last_frame(videos):
+    assert read_numbers(video.read_clip(videos["short.mp4"], 5, 2, 0.9)) == [0, 2, 4, 6, 6]
 
 
 def test_moments_count_from_the_first_frame(videos):
